@@ -1,0 +1,332 @@
+// The scalar formulas, each written once for CUDA threads and for CPU vectors: V is float, double or a
+// register of floats. An activation has
+//   forward(x)           the value,
+//   backward(dy, s)      dy * f'(x), where s is what was saved: x, or the value where kSavesOutput.
+// Parameters are doubles, narrowed at use. One exponential and one reciprocal an element at most.
+#pragma once
+
+#include <cmath>
+
+#include "types.h"
+#if !defined(__CUDACC__) && !defined(PYDL_EMULATION)
+#include "vec.h"
+#endif
+
+namespace pydl {
+inline namespace PYDL_ISA {
+
+#if defined(__CUDA_ARCH__)
+PYDL_HD float exponential(float x) { return __expf(x); }
+PYDL_HD float reciprocal(float d) { return __fdividef(1.0f, d); }
+#else
+PYDL_HD float exponential(float x) { return std::exp(x); }
+PYDL_HD float reciprocal(float d) { return 1.0f / d; }
+#endif
+PYDL_HD float exponential_minus_one(float x) { return expm1f(x); }
+PYDL_HD double exponential(double x) { return exp(x); }
+PYDL_HD double exponential_minus_one(double x) { return expm1(x); }
+PYDL_HD double reciprocal(double d) { return 1.0 / d; }
+
+// NaN passes through both.
+template <class V>
+PYDL_HD V at_most(V x, double bound) {
+  const V b = splat<V>(bound);
+  return x > b ? b : x;
+}
+template <class V>
+PYDL_HD V at_least(V x, double bound) {
+  const V b = splat<V>(bound);
+  return x < b ? b : x;
+}
+template <class V>
+PYDL_HD V magnitude(V x) {
+  return x < splat<V>(0) ? -x : x;
+}
+
+template <class V>
+struct Logistic {
+  V value, slope;
+};
+// 1 / (1 + e^-x) and its derivative. The exponential is of -|x|, so that nothing overflows, and the derivative
+// is not formed from 1 - value, which cancels.
+template <class V>
+PYDL_HD Logistic<V> logistic_and_slope(V x) {
+  const V e = exponential(-magnitude(x));
+  const V r = reciprocal(splat<V>(1) + e);
+  return {x < splat<V>(0) ? e * r : r, e * r * r};
+}
+template <class V>
+PYDL_HD V logistic(V x) {
+  return logistic_and_slope(x).value;
+}
+
+template <class V>
+PYDL_HD V hyperbolic_tangent(V x) {
+  const V e = exponential_minus_one(at_most(magnitude(x) * splat<V>(2), 40));
+  const V t = e * reciprocal(e + splat<V>(2));
+  return x < splat<V>(0) ? -t : t;
+}
+PYDL_HD double hyperbolic_tangent(double x) { return tanh(x); }
+
+template <class V>
+struct Normal {
+  V cdf, pdf;
+};
+// The normal distribution function and density. Tail: exp(-a^2/2) t P(t) with t = 1 / (1 + 0.33 a), the form
+// of Abramowitz and Stegun 26.2.17; P is a minimax fit of degree 8 on a <= 14.5, relative error 6.1e-8.
+template <class V>
+PYDL_HD Normal<V> normal(V x) {
+  const V a = at_most(magnitude(x), 16);
+  const V e = exponential(a * a * splat<V>(-0.5));
+  const V t = reciprocal(splat<V>(1) + a * splat<V>(0.33));
+  V p = splat<V>(-0.02044235584410105);
+  p = p * t + splat<V>(0.12134815845230064);
+  p = p * t + splat<V>(-0.2637095318887148);
+  p = p * t + splat<V>(0.22078330846407315);
+  p = p * t + splat<V>(-0.053968796278803126);
+  p = p * t + splat<V>(0.12077656046093099);
+  p = p * t + splat<V>(0.11131944466739722);
+  p = p * t + splat<V>(0.132269239751787);
+  p = p * t + splat<V>(0.1316240023672993);
+  const V tail = e * t * p;
+  return {x < splat<V>(0) ? tail : splat<V>(1) - tail, e * splat<V>(0.3989422804014327)};
+}
+PYDL_HD Normal<double> normal(double x) {
+  return {0.5 * erfc(-0.7071067811865476 * x), 0.3989422804014327 * exp(-0.5 * x * x)};
+}
+
+struct Identity {
+  static constexpr bool kSavesOutput = false;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return x;
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V) const {
+    return dy;
+  }
+};
+
+struct Sigmoid {
+  static constexpr bool kSavesOutput = true;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return logistic(x);
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V y) const {
+    return dy * (splat<V>(1) - y) * y;
+  }
+};
+
+struct Tanh {
+  static constexpr bool kSavesOutput = true;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return hyperbolic_tangent(x);
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V y) const {
+    return dy * (splat<V>(1) - y * y);
+  }
+};
+
+struct Relu {
+  static constexpr bool kSavesOutput = true;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return x < splat<V>(0) ? splat<V>(0) : x;
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V y) const {
+    return y <= splat<V>(0) ? splat<V>(0) : dy;
+  }
+};
+
+// The sign of x decides; where slope >= 0 the output has the same sign and may be saved instead.
+struct LeakyRelu {
+  static constexpr bool kSavesOutput = false;
+  double slope;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return x > splat<V>(0) ? x : x * splat<V>(slope);
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V x) const {
+    return x > splat<V>(0) ? dy : dy * splat<V>(slope);
+  }
+};
+
+struct Elu {
+  static constexpr bool kSavesOutput = false;
+  double alpha;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return x > splat<V>(0) ? x : splat<V>(alpha) * exponential_minus_one(at_most(x, 0));
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V x) const {
+    return x <= splat<V>(0) ? dy * splat<V>(alpha) * exponential(at_most(x, 0)) : dy;
+  }
+};
+
+// Klambauer et al. 2017, arXiv 1706.02515: the constants keep mean 0 and variance 1.
+struct Selu {
+  static constexpr bool kSavesOutput = false;
+  static constexpr double kScale = 1.0507009873554804934193349852946;
+  static constexpr double kScaledAlpha = 1.6732632423543772848170429916717 * kScale;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    const V negative = splat<V>(kScaledAlpha) * exponential_minus_one(at_most(x, 0));
+    return x > splat<V>(0) ? splat<V>(kScale) * x : negative;
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V x) const {
+    const V negative = splat<V>(kScaledAlpha) * exponential(at_most(x, 0));
+    return dy * (x <= splat<V>(0) ? negative : splat<V>(kScale));
+  }
+};
+
+// Hendrycks and Gimpel 2016, arXiv 1606.08415: x Phi(x).
+struct Gelu {
+  static constexpr bool kSavesOutput = false;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return x * normal(x).cdf;
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V x) const {
+    const Normal<V> n = normal(x);
+    return dy * (n.cdf + x * n.pdf);
+  }
+};
+
+// (1 + tanh u) / 2 is the logistic function of 2u: one exponential.
+struct GeluTanh {
+  static constexpr bool kSavesOutput = false;
+  static constexpr double kTwoC = 1.5957691216057308;  // 2 sqrt(2 / pi)
+  static constexpr double kCubic = 0.044715;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return x * logistic(splat<V>(kTwoC) * (x + splat<V>(kCubic) * x * x * x));
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V x) const {
+    // Past 12 the logistic is 0 or 1 in every type, and x^3 may not overflow.
+    const V c = at_least(at_most(x, 12), -12);
+    const V square = c * c;
+    const Logistic<V> s = logistic_and_slope(splat<V>(kTwoC) * c * (splat<V>(1) + splat<V>(kCubic) * square));
+    const V inner = splat<V>(kTwoC) * (splat<V>(1) + splat<V>(3 * kCubic) * square);
+    return dy * (s.value + c * s.slope * inner);
+  }
+};
+
+// Ramachandran et al. 2017, arXiv 1710.05941: x logistic(beta x); silu where beta is 1.
+struct Swish {
+  static constexpr bool kSavesOutput = false;
+  double beta;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return value(x, splat<V>(beta));
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V x) const {
+    return dy * slope(x, splat<V>(beta));
+  }
+  template <class V>
+  static PYDL_HD V value(V x, V beta) {
+    return x * logistic(beta * x);
+  }
+  template <class V>
+  static PYDL_HD V slope(V x, V beta) {
+    const Logistic<V> s = logistic_and_slope(beta * x);
+    return s.value + beta * x * s.slope;
+  }
+  // The derivative by beta.
+  template <class V>
+  static PYDL_HD V by_beta(V x, V beta) {
+    return x * x * logistic_and_slope(beta * x).slope;
+  }
+};
+
+struct Silu {
+  static constexpr bool kSavesOutput = false;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return x * logistic(x);
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V x) const {
+    const Logistic<V> s = logistic_and_slope(x);
+    return dy * (s.value + x * s.slope);
+  }
+};
+
+// Misra 2019, arXiv 1908.08681: x tanh(log(1 + e^x)). With e = e^x and n = e^2 + 2e the tanh is n / (n + 2),
+// and its derivative 4 e (e + 1) / (n + 2)^2. Past 20 the tanh is 1 in fp32 (40 in fp64).
+struct Mish {
+  static constexpr bool kSavesOutput = false;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    const V e = exponential(at_most(x, 40));
+    const V n = e * (e + splat<V>(2));
+    return x * (n * reciprocal(n + splat<V>(2)));
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V x) const {
+    const V c = at_least(at_most(x, 40), -110);
+    const V e = exponential(c);
+    const V n = e * (e + splat<V>(2));
+    const V r = reciprocal(n + splat<V>(2));
+    return dy * r * (n + c * splat<V>(4) * e * (e + splat<V>(1)) * r);
+  }
+};
+
+// He et al. 2015, arXiv 1502.01852: a leaky relu whose slope is learnt.
+struct Prelu {
+  template <class V>
+  static PYDL_HD V value(V x, V weight) {
+    return x > splat<V>(0) ? x : weight * x;
+  }
+  template <class V>
+  static PYDL_HD V slope(V x, V weight) {
+    return x > splat<V>(0) ? splat<V>(1) : weight;
+  }
+  template <class V>
+  static PYDL_HD V by_weight(V x, V) {
+    return x > splat<V>(0) ? splat<V>(0) : x;
+  }
+};
+
+// dy f'(x) where only x is at hand, as in a fused op that never stored f(x).
+template <class F, class V>
+PYDL_HD V backward_from_input(const F& f, V dy, V x) {
+  if constexpr (F::kSavesOutput) {
+    return f.backward(dy, f.forward(x));
+  } else {
+    return f.backward(dy, x);
+  }
+}
+
+// The activations that a fused op can name, numbered as in pydl/ops/activation.py. Calls body(F{...}).
+template <class Body>
+inline void dispatch_activation(const char* op, int64_t act, double parameter, const Body& body) {
+  switch (act) {
+    case 0: return body(Identity{});
+    case 1: return body(Sigmoid{});
+    case 2: return body(Tanh{});
+    case 3: return body(Relu{});
+    case 4: return body(LeakyRelu{parameter});
+    case 5: return body(Elu{parameter});
+    case 6: return body(Selu{});
+    case 7: return body(Gelu{});
+    case 8: return body(GeluTanh{});
+    case 9: return body(Silu{});
+    case 10: return body(Swish{parameter});
+    case 11: return body(Mish{});
+    default: fail("%s: act is %lld, wants 0 to 11", op, static_cast<long long>(act));
+  }
+}
+
+}  // namespace PYDL_ISA
+}  // namespace pydl

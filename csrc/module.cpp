@@ -1,0 +1,315 @@
+// Python's side of the kernels: every Entry of the registry becomes torch.ops.pydl_<backend>.<name>, called
+// boxed; tensors become Views; device, stream, dtype and errors are seen to here. No kernel is named here.
+#include <ATen/EmptyTensor.h>
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
+
+#if defined(PYDL_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include <cstdarg>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "parallel.h"
+#include "pool.h"
+#include "registry.h"
+
+namespace pydl {
+
+int64_t stream_bytes = int64_t{8} << 20;
+
+static Entry*& first_entry() {
+  static Entry* first = nullptr;
+  return first;
+}
+
+void enlist(Entry* entry) {
+  entry->next = first_entry();
+  first_entry() = entry;
+}
+
+void fail(const char* format, ...) {
+  char text[512];
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(text, sizeof text, format, args);
+  va_end(args);
+  throw std::runtime_error(std::string("pydl: ") + text);
+}
+
+void parallel_run(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+namespace {
+
+int machine_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? 2 : avx2 ? 1 : 0;
+#else
+  return 0;
+#endif
+}
+
+const char* level_name(int level) { return level == 2 ? "avx512" : level == 1 ? "avx2" : "baseline"; }
+
+// What the machine has, or less where PYDL_CPU_LEVEL asks for less.
+int chosen_level() {
+  const int most = machine_level();
+  const char* wanted = std::getenv("PYDL_CPU_LEVEL");
+  if (wanted == nullptr || *wanted == 0) return most;
+  for (int level = 0; level <= 2; ++level) {
+    if (std::string(wanted) != level_name(level)) continue;
+    if (level > most) {
+      throw std::runtime_error(std::string("pydl: PYDL_CPU_LEVEL is ") + wanted + ", but this CPU has " +
+                               level_name(most) + " at most");
+    }
+    return level;
+  }
+  throw std::runtime_error(std::string("pydl: PYDL_CPU_LEVEL is ") + wanted +
+                           ", wants baseline, avx2 or avx512");
+}
+
+struct Function {
+  const Entry* entry;
+  std::string name;                    // pydl_cpu::gelu_fwd
+  std::vector<std::string> arguments;  // names
+  c10::DeviceType device;
+  size_t count() const { return arguments.size(); }
+
+  explicit Function(const Entry* e) : entry(e) {
+    name = std::string("pydl_") + e->backend + "::" + e->name;
+    const std::string list = e->names;
+    for (size_t at = 0; at < list.size();) {
+      const size_t comma = std::min(list.find(", ", at), list.size());
+      arguments.push_back(list.substr(at, comma - at));
+      at = comma + 2;
+    }
+    if (arguments.size() != std::string(e->kinds).size()) {
+      throw std::logic_error("pydl: " + name + " names another number of arguments than it takes");
+    }
+#if defined(PYDL_EMULATION)
+    device = c10::DeviceType::CPU;
+#else
+    device = std::string(e->backend) == "cuda" ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
+#endif
+  }
+
+  std::string schema() const {
+    std::string text = std::string(entry->name) + "(";
+    char alias = 'a';
+    for (size_t i = 0; i < count(); ++i) {
+      if (i > 0) text += ", ";
+      switch (entry->kinds[i]) {
+        case 'o': text += std::string("Tensor(") + alias++ + "!) "; break;
+        case 'v': text += "Tensor "; break;
+        case 'm': text += "Tensor? "; break;
+        case 'd': text += "float "; break;
+        case 'i': text += "int "; break;
+        case 'b': text += "bool "; break;
+        default: throw std::logic_error("pydl: " + name + " has an argument of a type without a schema");
+      }
+      text += arguments[i];
+    }
+    return text + ") -> ()";
+  }
+};
+
+DType dtype_of(const Function& function, size_t i, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kHalf: return DType::f16;
+    case at::kBFloat16: return DType::bf16;
+    case at::kDouble: return DType::f64;
+    case at::kBool:
+    case at::kByte: return DType::u8;
+    case at::kLong: return DType::i64;
+    default:
+      fail("%s: %s is of dtype %s, wants float32, float16, bfloat16, float64, uint8, bool or int64",
+           function.name.c_str(), function.arguments[i].c_str(), c10::toString(tensor.scalar_type()));
+  }
+}
+
+struct Kernel final : c10::OperatorKernel {
+  Function function;
+  explicit Kernel(Function f) : function(std::move(f)) {}
+
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    constexpr size_t kMost = 24;
+    const size_t count = function.count();
+    if (count > kMost) fail("%s takes more than %zu arguments", function.name.c_str(), kMost);
+    Arg args[kMost];
+    const c10::IValue* values = stack->data() + (stack->size() - count);
+    c10::Device device(function.device);
+    bool seen = false;
+    for (size_t i = 0; i < count; ++i) {
+      const c10::IValue& value = values[i];
+      const char kind = function.entry->kinds[i];
+      if (kind == 'd') {
+        args[i].number = value.toDouble();
+      } else if (kind == 'i') {
+        args[i].integer = value.toInt();
+      } else if (kind == 'b') {
+        args[i].integer = value.toBool();
+      } else if (!value.isNone()) {
+        const at::Tensor& tensor = value.toTensor();
+        if (!seen) device = tensor.device();
+        seen = true;
+        if (tensor.device() != device || device.type() != function.device) {
+          fail("%s: %s is on %s, wants %s", function.name.c_str(), function.arguments[i].c_str(),
+               tensor.device().str().c_str(),
+               (device.type() == function.device ? device : c10::Device(function.device)).str().c_str());
+        }
+        View& view = args[i].view;
+        view.dtype = dtype_of(function, i, tensor);
+        view.data = kind == 'o' ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+        view.ndim = static_cast<int32_t>(tensor.dim());
+        view.numel = tensor.numel();
+        view.sizes = tensor.sizes().data();
+        view.strides = tensor.strides().data();
+      }
+    }
+    Stream stream;
+#if defined(PYDL_CUDA)
+    c10::cuda::OptionalCUDAGuard guard;
+    if (device.is_cuda()) {
+      guard.set_device(device);
+      stream.handle = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+    }
+#endif
+    function.entry->call(stream, args);
+    torch::jit::drop(*stack, count);
+  }
+};
+
+// Under tracing, an output is as Python made it: there is nothing to do.
+struct Traced final : c10::OperatorKernel {
+  size_t count;
+  explicit Traced(size_t n) : count(n) {}
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    torch::jit::drop(*stack, count);
+  }
+};
+
+// (backend, name) -> its best entry at the chosen level.
+const std::map<std::pair<std::string, std::string>, const Entry*>& chosen_entries() {
+  static const auto* chosen = [] {
+    auto* best = new std::map<std::pair<std::string, std::string>, const Entry*>;
+    const int level = chosen_level();
+    for (const Entry* e = first_entry(); e != nullptr; e = e->next) {
+      if (e->level > level) continue;
+      const Entry*& slot = (*best)[{e->backend, e->name}];
+      if (slot == nullptr || slot->level < e->level) slot = e;
+    }
+    return best;
+  }();
+  return *chosen;
+}
+
+void register_ops() {
+  // Kept for the life of the process, like the operators themselves.
+  static auto* libraries = new std::map<std::string, std::unique_ptr<torch::Library>>;
+  const auto library = [&](const std::string& backend) -> torch::Library& {
+    auto& slot = (*libraries)[backend];
+    if (!slot) {
+      slot = std::make_unique<torch::Library>(torch::Library::DEF, "pydl_" + backend, std::nullopt,
+                                              __FILE__, __LINE__);
+    }
+    return *slot;
+  };
+  for (const auto& [key, entry] : chosen_entries()) {
+    Function function(entry);
+    torch::Library& lib = library(entry->backend);
+    lib.def(function.schema().c_str(), {at::Tag::pt2_compliant_tag});
+    const auto key_of = function.device == c10::DeviceType::CUDA ? c10::DispatchKey::CUDA
+                                                                 : c10::DispatchKey::CPU;
+    const size_t count = function.count();
+    lib.impl(entry->name,
+             torch::dispatch(key_of, torch::CppFunction::makeFromBoxedKernel(c10::BoxedKernel::makeFromFunctor(
+                                         std::make_unique<Kernel>(std::move(function))))));
+    lib.impl(entry->name, torch::dispatch(c10::DispatchKey::Meta,
+                                          torch::CppFunction::makeFromBoxedKernel(
+                                              c10::BoxedKernel::makeFromFunctor(std::make_unique<Traced>(count)))));
+  }
+}
+
+#if !defined(PYDL_EMULATION)
+// torch.empty_like, with a large CPU tensor's memory from the pool.
+PyObject* empty_like(PyObject*, PyObject* argument) {
+  try {
+    if (!THPVariable_Check(argument)) {
+      PyErr_SetString(PyExc_TypeError, "pydl: empty_like wants a Tensor");
+      return nullptr;
+    }
+    const at::Tensor& like = THPVariable_Unpack(argument);
+    using c10::DispatchKey;
+    const c10::DispatchKeySet wrapped{DispatchKey::Python, DispatchKey::FuncTorchBatched,
+                                      DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize,
+                                      DispatchKey::Sparse, DispatchKey::Quantized};
+    const bool plain = like.is_cpu() && like.layout() == at::kStrided && !like.key_set().has_any(wrapped);
+    if (!plain || static_cast<int64_t>(like.nbytes()) < kPoolMinimum || pool_info().cap == 0) {
+      return THPVariable_Wrap(at::empty_like(like.detach()));
+    }
+    at::Tensor made;
+    if (like.is_non_overlapping_and_dense()) {
+      made = at::detail::empty_strided_generic(like.sizes(), like.strides(), pool(),
+                                               c10::DispatchKeySet(DispatchKey::CPU), like.scalar_type());
+    } else {
+      const at::Tensor shape = at::empty_like(like.detach(), like.options().device(at::kMeta));
+      made = at::detail::empty_strided_generic(shape.sizes(), shape.strides(), pool(),
+                                               c10::DispatchKeySet(DispatchKey::CPU), like.scalar_type());
+    }
+    return THPVariable_Wrap(made);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+PyMethodDef empty_like_method{"empty_like", empty_like, METH_O, nullptr};
+#endif
+
+}  // namespace
+}  // namespace pydl
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace pydl;
+  register_ops();
+  m.def("entries", [] {
+    std::vector<std::tuple<std::string, std::string, std::string, std::string>> list;
+    for (const auto& [key, entry] : chosen_entries()) {
+      list.emplace_back(entry->backend, entry->name, Function(entry).schema(), level_name(entry->level));
+    }
+    return list;
+  });
+  m.def("cpu_level", [] { return std::string(level_name(chosen_level())); });
+  m.def("machine_level", [] { return std::string(level_name(machine_level())); });
+  m.def("set_stream_bytes", [](int64_t bytes) { std::swap(stream_bytes, bytes); return bytes; });
+#if !defined(PYDL_EMULATION)
+  m.def("pool_info", [] {
+    const PoolInfo info = pool_info();
+    return std::map<std::string, int64_t>{{"cap", info.cap},       {"cached", info.cached},
+                                          {"in_use", info.in_use}, {"reused", info.reused},
+                                          {"requests", info.requests}};
+  });
+  m.def("pool_empty", &pool_empty);
+  m.def("pool_set_cap", &pool_set_cap);
+  m.attr("empty_like") =
+      pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&empty_like_method, nullptr));
+#endif
+}

@@ -1,0 +1,236 @@
+// Vectors for the CPU kernels: one register of the level that the file is compiled for, as a GCC vector
+// type, so that a formula of math.h reads the same for a vector as for a float.
+#pragma once
+
+#include "types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pydl {
+inline namespace PYDL_ISA {
+
+#if PYDL_LEVEL == 2
+constexpr int kVectorBytes = 64;
+#elif PYDL_LEVEL == 1
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+typedef float vfloat __attribute__((vector_size(kVectorBytes)));
+typedef int32_t vint __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t vuint __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t vulong __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t vshort __attribute__((vector_size(kVectorBytes / 2)));
+// The same, at any address.
+typedef float vfloat_any __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+typedef uint16_t vshort_any __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+// The lanes that one step computes, in the accumulation type: a register of floats, or one double.
+template <class T>
+struct Lanes {
+  using type = vfloat;
+  static constexpr int count = kLanes;
+};
+template <>
+struct Lanes<double> {
+  using type = double;
+  static constexpr int count = 1;
+};
+
+PYDL_HD vfloat load(const float* p) { return *reinterpret_cast<const vfloat_any*>(p); }
+PYDL_HD void store(float* p, vfloat x) { *reinterpret_cast<vfloat_any*>(p) = x; }
+PYDL_HD double load(const double* p) { return *p; }
+PYDL_HD void store(double* p, double x) { *p = x; }
+
+PYDL_HD vfloat load(const bfloat16* p) {
+  const vshort bits = *reinterpret_cast<const vshort_any*>(p);
+  return (vfloat)(__builtin_convertvector(bits, vuint) << 16);
+}
+PYDL_HD vshort round_bf16(vfloat x) {
+  const vuint bits = (vuint)x;
+  const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vuint nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((vuint)(x != x ? (vint)nan : (vint)rounded), vshort);
+}
+PYDL_HD void store(bfloat16* p, vfloat x) { *reinterpret_cast<vshort_any*>(p) = round_bf16(x); }
+
+PYDL_HD vfloat load(const float16* p) {
+#if PYDL_LEVEL == 2
+  return (vfloat)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif PYDL_LEVEL == 1
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vfloat x;
+  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+PYDL_HD vshort round_f16(vfloat x) {
+#if PYDL_LEVEL == 2
+  return (vshort)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif PYDL_LEVEL == 1
+  return (vshort)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  vshort bits;
+  for (int i = 0; i < kLanes; ++i) bits[i] = from_float<float16>(x[i]).bits;
+  return bits;
+#endif
+}
+PYDL_HD void store(float16* p, vfloat x) { *reinterpret_cast<vshort_any*>(p) = round_f16(x); }
+
+PYDL_HD vshort round_to(const bfloat16*, vfloat x) { return round_bf16(x); }
+PYDL_HD vshort round_to(const float16*, vfloat x) { return round_f16(x); }
+
+// Stores past the cache; p is aligned to 64 bytes. Two registers of a 16-bit type share a store.
+#if defined(__x86_64__)
+#define PYDL_STREAMS 1
+template <class T>
+PYDL_HD void stream64(T* p, const vfloat* x) {
+  if constexpr (sizeof(T) == 4) {
+    for (int i = 0; i < 64 / kVectorBytes; ++i) {
+#if PYDL_LEVEL == 2
+      _mm512_stream_ps(p + i * kLanes, (__m512)x[i]);
+#elif PYDL_LEVEL == 1
+      _mm256_stream_ps(p + i * kLanes, (__m256)x[i]);
+#else
+      _mm_stream_ps(p + i * kLanes, (__m128)x[i]);
+#endif
+    }
+  } else {
+    for (int i = 0; i < 64 / kVectorBytes; ++i) {
+      const vshort low = round_to(p, x[2 * i]), high = round_to(p, x[2 * i + 1]);
+#if PYDL_LEVEL == 2
+      const __m512i pair = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pair);
+#elif PYDL_LEVEL == 1
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p + i * 16), _mm256_set_m128i((__m128i)high, (__m128i)low));
+#else
+      const __m128i pair = _mm_unpacklo_epi64(_mm_set_epi64x(0, (int64_t)low), _mm_set_epi64x(0, (int64_t)high));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(p + i * 8), pair);
+#endif
+    }
+  }
+}
+PYDL_HD void stream_fence() { _mm_sfence(); }
+#else
+#define PYDL_STREAMS 0
+PYDL_HD void stream_fence() {}
+#endif
+
+// Stores kLines cache lines, past the cache or not.
+template <int kLines, class T>
+PYDL_HD void put(T* p, const typename Lanes<T>::type* x, bool stream) {
+  constexpr int kWidth = Lanes<T>::count, kPerLine = 64 / static_cast<int>(sizeof(T));
+#if PYDL_STREAMS
+  if constexpr (sizeof(T) <= 4) {
+    if (stream) {
+      for (int line = 0; line < kLines; ++line) stream64(p + line * kPerLine, x + line * (kPerLine / kWidth));
+      return;
+    }
+  }
+#endif
+  for (int r = 0; r < kLines * kPerLine / kWidth; ++r) store(p + r * kWidth, x[r]);
+}
+
+PYDL_HD void prefetch(const void* p) { __builtin_prefetch(p); }
+
+// A register of one value; subtracting zeros keeps the sign of -0.
+template <>
+PYDL_HD vfloat splat<vfloat>(double x) {
+  return static_cast<float>(x) - vfloat{};
+}
+
+// The first `count` lanes; the rest are 0.
+template <class T>
+PYDL_HD typename Lanes<T>::type load_some(const T* p, int64_t count) {
+  if constexpr (Lanes<T>::count == 1) {
+    return load(p);
+  } else {
+    if (count >= Lanes<T>::count) return load(p);
+    T part[Lanes<T>::count] = {};
+    for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+    return load(part);
+  }
+}
+template <class T>
+PYDL_HD void store_some(T* p, typename Lanes<T>::type x, int64_t count) {
+  if (count >= Lanes<T>::count) return store(p, x);
+  T part[Lanes<T>::count];
+  store(part, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = part[i];
+}
+
+// Adds the lanes in a fixed tree.
+PYDL_HD double add_lanes(vfloat x) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  return x[0];
+}
+PYDL_HD double add_lanes(double x) { return x; }
+PYDL_HD double lane(vfloat x, int64_t i) { return x[i]; }
+PYDL_HD double lane(double x, int64_t) { return x; }
+
+// 1 / d for d in [1, 2^126]: an estimate of 12 to 14 bits and a Newton step, within 1.5 units of the last place.
+PYDL_HD vfloat reciprocal(vfloat d) {
+#if PYDL_LEVEL == 2
+  const vfloat r = (vfloat)_mm512_maskz_rcp14_ps(0xffff, (__m512)d);
+  return r + r * (1.0f - d * r);
+#elif PYDL_LEVEL == 1
+  const vfloat r = (vfloat)_mm256_rcp_ps((__m256)d);
+  return r + r * (1.0f - d * r);
+#else
+  return 1.0f / d;
+#endif
+}
+
+// x in units of ln 2: x = n ln 2 + r with |r| <= ln 2 / 2; `n` comes as a float and as an integer.
+struct Reduced {
+  vfloat r, n;
+  vint exponent;
+};
+PYDL_HD Reduced reduce_ln2(vfloat x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  const vfloat shifted = x * 1.44269504f + magic;
+  const vfloat n = shifted - magic;
+  vfloat r = x - n * 0.693145752f;  // ln 2 in two parts, the first exact when multiplied by n
+  r = r - n * 1.42860677e-6f;
+  return {r, n, (vint)shifted - 0x4b400000};
+}
+// (e^r - 1 - r) / r^2 on |r| <= ln 2 / 2: minimax fit in the relative error of e^r - 1, 1.4e-8.
+PYDL_HD vfloat expm1_tail(vfloat r) {
+  vfloat q = 0.00138824975f - vfloat{};
+  q = q * r + 0.00836664679f;
+  q = q * r + 0.0416672039f;
+  q = q * r + 0.166665427f;
+  return q * r + 0.499999981f;
+}
+PYDL_HD vfloat power_of_two(vint exponent) { return (vfloat)((exponent + 127) << 23); }
+
+// e^x within 2 units of the last place; 0, subnormals, infinity and NaN as they should be.
+PYDL_HD vfloat exponential(vfloat x) {
+  x = x < -105.0f ? -105.0f - vfloat{} : x;
+  x = x > 90.0f ? 90.0f - vfloat{} : x;
+  const Reduced t = reduce_ln2(x);
+  const vfloat p = 1.0f + (t.r + t.r * t.r * expm1_tail(t.r));
+#if PYDL_LEVEL == 2
+  return (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)t.n);
+#else
+  const vint half = t.exponent >> 1;
+  return p * power_of_two(half) * power_of_two(t.exponent - half);
+#endif
+}
+// e^x - 1 for x <= 80, accurate near 0 too.
+PYDL_HD vfloat exponential_minus_one(vfloat x) {
+  x = x < -20.0f ? -20.0f - vfloat{} : x;
+  const Reduced t = reduce_ln2(x);
+  const vfloat scale = power_of_two(t.exponent);
+  return scale * (t.r + t.r * t.r * expm1_tail(t.r)) + (scale - 1.0f);
+}
+
+}  // namespace PYDL_ISA
+}  // namespace pydl

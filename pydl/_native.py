@@ -1,0 +1,45 @@
+"""Loads the compiled part, after checking that it was built for the torch that is running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def load() -> Any:
+    """Returns `pydl._C`.
+
+    Raises:
+        ImportError: it is missing, or was built against another torch; says what to do.
+    """
+    try:
+        from pydl._built import BUILT
+    except ImportError as error:
+        raise ImportError(
+            "pydl: the compiled extension pydl._C is missing: this folder holds the sources only. "
+            "Remedy: pip install --no-build-isolation . (or -e .), or leave the source folder if "
+            "pydl is installed elsewhere"
+        ) from error
+    check(BUILT["torch"], torch.__version__)
+    try:
+        from pydl import _C
+    except ImportError as error:
+        raise ImportError(
+            f"pydl: the compiled extension does not load: {error}. Remedy: build it again: "
+            "pip install --no-build-isolation --force-reinstall --no-deps ."
+        ) from error
+    return _C
+
+
+def check(built: str, running: str) -> None:
+    """Raises ImportError unless the extension was built against the running torch."""
+    if built != running:
+        raise ImportError(
+            f"pydl: the extension was built against torch {built}, but torch {running} is running: "
+            "their C++ interfaces differ. Remedy: build it again: "
+            "pip install --no-build-isolation --force-reinstall --no-deps ."
+        )
+
+
+C = load()

@@ -1,0 +1,207 @@
+"""From kernels to differentiable ops: one `torch.autograd.Function` per op, the same for all backends.
+
+An op states a `Rule`: how its kernels are called forward and backward, and its plain-PyTorch definition. What
+autograd asks beyond one backward pass is derived from the definition, so that it holds for every op alike:
+double and higher backward, forward-mode derivatives and vmap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+Gradients = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an op runs.
+
+    Attributes:
+        name: The op.
+        tensors: How many tensors come first among the arguments; scalars follow.
+        forward: `(backend, *tensors, *scalars) -> Tensor`, by kernels.
+        backward: `(backend, dy, saved, scalars, needs) -> a gradient per tensor`, by kernels. Never writes `saved`;
+            may return None where `needs` is false.
+        reference: `(*tensors, *scalars) -> Tensor` in plain PyTorch.
+        saves_output: Backward needs the output only; else it gets the tensors.
+        derivative: `(dy, saved, scalars) -> a gradient per tensor` in plain differentiable PyTorch; needed where
+            the output is saved, else derived from `reference`.
+        pointwise: All tensors have the output's shape and elements do not meet.
+    """
+
+    name: str
+    tensors: int
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Gradients]
+    reference: Callable[..., Tensor]
+    saves_output: bool = False
+    derivative: Callable[..., Gradients] | None = None
+    pointwise: bool = False
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """fp32 for fp16 and bf16; others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def in_reference(rule: Rule, *args: Any) -> Tensor:
+    """The plain definition, computed in fp32 at least and rounded once."""
+    tensors = args[: rule.tensors]
+    out = rule.reference(*(wide(t) for t in tensors), *args[rule.tensors :])
+    return out.to(tensors[0].dtype)
+
+
+def derivative(rule: Rule, dy: Tensor, saved: Sequence[Tensor], scalars: tuple) -> Gradients:
+    """The gradients as a differentiable function of dy and of what was saved."""
+    if rule.derivative is not None:
+        return rule.derivative(wide(dy), tuple(wide(t) for t in saved), scalars)
+    leaves = [
+        t if t.requires_grad or not t.is_floating_point() else t.detach().requires_grad_()
+        for t in saved
+    ]
+    floats = [t for t in leaves if t.is_floating_point()]
+    out = rule.reference(*(wide(t) for t in leaves), *scalars)
+    got = iter(torch.autograd.grad(out, floats, wide(dy), create_graph=True, allow_unused=True))
+    return tuple(next(got) if t.is_floating_point() else None for t in leaves)
+
+
+def _stack(results: list[Any]) -> tuple[Any, Any]:
+    """Results of a loop over a batch, as vmap wants them: with the batch first."""
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    columns = [None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True)]
+    return tuple(columns), tuple(None if c is None else 0 for c in columns)
+
+
+def _over_batch(apply: Callable, pointwise: bool, size: int, dims: tuple, args: tuple) -> tuple[Any, Any]:
+    """vmap of a Function: at once where elements do not meet, else one slice after the other."""
+    if pointwise:
+        moved = [
+            arg.movedim(dim, 0) if dim is not None else arg.expand(size, *arg.shape) if isinstance(arg, Tensor) else arg
+            for arg, dim in zip(args, dims, strict=True)
+        ]
+        out = apply(*moved)
+        return out, 0 if isinstance(out, Tensor) else tuple(None if o is None else 0 for o in out)
+    results = [
+        apply(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, dims, strict=True)))
+        for i in range(size)
+    ]
+    return _stack(results)
+
+
+def special() -> bool:
+    """Whether tracing, a functorch transform or forward-mode differentiation is going on."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def make(rule: Rule) -> Callable[..., Tensor]:
+    """Returns `call(backend, *tensors, *scalars)`, differentiable."""
+    n = rule.tensors
+
+    class Backward(Function):
+        """The backward pass as an op of its own, so that it can be differentiated again."""
+
+        @staticmethod
+        def forward(backend, needs, count, *args):
+            return rule.backward(backend, args[0], args[1 : 1 + count], args[1 + count :], needs)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            count = inputs[2]
+            ctx.save_for_backward(*inputs[3 : 4 + count])
+            ctx.scalars = inputs[4 + count :]
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx, *second):
+            create = torch.is_grad_enabled()
+            given = ctx.saved_tensors
+            wanted = ctx.needs_input_grad[3 : 3 + len(given)]
+            with torch.enable_grad():
+                leaves = [
+                    t if create and need else t.detach().requires_grad_(need)
+                    for t, need in zip(given, wanted, strict=True)
+                ]
+                first = derivative(rule, leaves[0], leaves[1:], ctx.scalars)
+                pairs = [
+                    (d, g) for d, g in zip(first, second, strict=True)
+                    if d is not None and g is not None and d.requires_grad
+                ]
+                inputs = [t for t, need in zip(leaves, wanted, strict=True) if need]
+                got = iter(
+                    torch.autograd.grad(
+                        [d for d, _ in pairs], inputs, [g.to(d.dtype) for d, g in pairs],
+                        create_graph=create, allow_unused=True,
+                    ) if pairs and inputs else [None] * len(inputs)
+                )  # fmt: skip
+            grads = [next(got) if need else None for need in wanted]
+            return (None, None, None, *grads, *(None for _ in ctx.scalars))
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            return _over_batch(Backward.apply, rule.pointwise, info.batch_size, in_dims, args)
+
+    class Forward(Function):
+        @staticmethod
+        def forward(backend, *args):
+            return rule.forward(backend, *args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.backend = inputs[0]
+            ctx.scalars = inputs[1 + n :]
+            ctx.save_for_backward(*((output,) if rule.saves_output else inputs[1 : 1 + n]))
+            if not torch.compiler.is_compiling() and special():
+                ctx.save_for_forward(*inputs[1 : 1 + n])
+
+        @staticmethod
+        def backward(ctx, dy):
+            saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n]
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or special()):
+                grads = Backward.apply(ctx.backend, needs, len(saved), dy, *saved, *ctx.scalars)
+            else:
+                grads = rule.backward(ctx.backend, dy, saved, ctx.scalars, needs)
+            return (None, *grads, *(None for _ in ctx.scalars))
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            return _over_batch(Forward.apply, rule.pointwise, info.batch_size, in_dims, args)
+
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            # The product with the Jacobian is the derivative, by u, of the product of u with it.
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors[-n:]]
+                out = rule.reference(*(wide(t) for t in leaves), *ctx.scalars)
+                u = torch.zeros_like(out, requires_grad=True)
+                given = [(t, d) for t, d in zip(leaves, tangents, strict=False) if d is not None]
+                rows = torch.autograd.grad(out, [t for t, _ in given], u, create_graph=True)
+                (tangent,) = torch.autograd.grad(rows, u, [d for _, d in given])
+            return tangent.to(ctx.saved_tensors[-1].dtype)
+
+    Forward.__name__ = Forward.__qualname__ = "".join(part.title() for part in rule.name.split("_"))
+    Backward.__name__ = Backward.__qualname__ = Forward.__name__ + "Gradient"
+    # Function.apply binds default arguments by inspection, which takes longer than a small kernel; outside of
+    # functorch its base does all that is needed.
+    plain_apply = super(Function, Forward).apply
+
+    def call(backend: str, *args: Any) -> Tensor:
+        if special():
+            return Forward.apply(backend, *args)
+        if torch.is_grad_enabled():
+            for tensor in args[:n]:
+                if tensor.requires_grad:
+                    return plain_apply(backend, *args)
+        return rule.forward(backend, *args)
+
+    return call

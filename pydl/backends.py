@@ -1,0 +1,227 @@
+"""Who computes: which backends are there and why others are not, and which one serves a call.
+
+`torch` is the native PyTorch function, `reference` the plain definition that everything is judged by, and
+`cpu`, `cuda` and `triton` are pydl's kernels. The order of precedence is: the argument `backend=`, then
+`use_backend(...)`, then the environment's `PYDL_BACKEND`, then automatic: the fastest measured for the device,
+dtype and size (see `calibration.py`). A choice by name never falls back to another backend.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydl import calibration
+from pydl._native import C
+
+NAMES = ("torch", "reference", "cpu", "cuda", "triton")
+
+# (backend, function) -> the operator, filled as backends load.
+_OPS: dict[tuple[str, str], Any] = {}
+_triton_error: str | None = None
+
+
+def _check_name(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"pydl: {where} is {name!r}, wants one of {', '.join(NAMES)}")
+    return name
+
+
+class _Chosen(threading.local):
+    backend: str | None = None
+
+
+_chosen = _Chosen()
+_environment: str | None = os.environ.get("PYDL_BACKEND") or None
+if _environment is not None:
+    _check_name(_environment, "the environment variable PYDL_BACKEND")
+# What torch.compile reads: it guards on a module's variable, not on a thread's.
+_traced: str | None = _environment
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Makes every call of this thread use a backend, or the automatic choice where `name` is None.
+
+    Raises:
+        ValueError: the name is none of `torch, reference, cpu, cuda, triton`.
+        RuntimeError: the backend is not available here; names the reasons.
+    """
+    global _traced
+    if name is not None and unavailable(_check_name(name, "use_backend's argument")):
+        raise RuntimeError(f"pydl: backend {name!r} is not available: {unavailable(name)}")
+    before, traced = _chosen.backend, _traced
+    _chosen.backend = name if name is not None else "auto"
+    _traced = name
+    try:
+        yield
+    finally:
+        _chosen.backend, _traced = before, traced
+
+
+def requested(argument: str | None) -> str | None:
+    """The backend asked for by the argument, the context or the environment; None for automatic."""
+    if argument is not None:
+        return _check_name(argument, "backend")
+    if torch.compiler.is_compiling():
+        return _traced
+    name = _chosen.backend
+    return _environment if name is None else None if name == "auto" else name
+
+
+def load_triton() -> None:
+    """Imports the Triton kernels, which registers them.
+
+    Raises:
+        RuntimeError: Triton is missing.
+    """
+    global _triton_error
+    if _triton_error is None and ("triton", "") not in _OPS:
+        try:
+            from pydl.kernels import register
+        except ImportError as error:
+            _triton_error = f"Triton does not import ({error}); remedy: pip install 'triton>=3.6'"
+        else:
+            register()
+            _OPS["triton", ""] = None
+    if _triton_error is not None:
+        raise RuntimeError(f"pydl: backend 'triton' is not available: {_triton_error}")
+
+
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot be used on this machine, or None if it can."""
+    if name == "cuda" and not cuda_devices():
+        if not any(backend == "cuda" for backend, *_ in C.entries()):
+            return "pydl was built without CUDA (nvcc and a CUDA build of torch make it); see PYDL_CUDA"
+        return "torch sees no CUDA device"
+    if name == "triton":
+        try:
+            load_triton()
+        except RuntimeError as error:
+            return str(error).split("not available: ", 1)[1]
+        if not triton_devices():
+            return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def emulate_cuda(loaded: bool) -> None:
+    """Says that backend `cuda` runs on CPU tensors: the tests' emulation registered it."""
+    global _emulated
+    _emulated = loaded
+
+
+_emulated = False
+
+
+def cuda_devices() -> tuple[str, ...]:
+    """Device types that backend `cuda` serves here."""
+    if _emulated:
+        return ("cpu",)
+    built = any(backend == "cuda" for backend, *_ in C.entries())
+    return ("cuda",) if built and torch.cuda.is_available() else ()
+
+
+def triton_devices() -> tuple[str, ...]:
+    """Device types that backend `triton` serves here: the interpreter takes CPU tensors."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ("cpu",)
+    return ("cuda",) if torch.cuda.is_available() else ()
+
+
+def serves(name: str) -> tuple[str, ...]:
+    """Device types a backend serves here; empty for any."""
+    if name == "cpu":
+        return ("cpu",)
+    return {"cuda": cuda_devices, "triton": triton_devices}.get(name, tuple)()
+
+
+def kernel(backend: str, name: str) -> Any:
+    """The operator `torch.ops.pydl_<backend>.<name>`."""
+    try:
+        return _OPS[backend, name]
+    except KeyError:
+        return _find(backend, name)
+
+
+@torch.compiler.assume_constant_result
+def _find(backend: str, name: str) -> Any:
+    if backend == "triton":
+        load_triton()
+    packet = getattr(getattr(torch.ops, f"pydl_{backend}"), name, None)
+    if packet is None:
+        raise RuntimeError(
+            f"pydl: backend {backend!r} has no {name}: {unavailable(backend) or 'not implemented'}"
+        )
+    _OPS[backend, name] = packet.default
+    return packet.default
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def choose(
+    op: str, argument: str | None, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> str:
+    """The backend that serves this call.
+
+    Raises:
+        RuntimeError: the backend asked for cannot serve it; the message lists every reason.
+    """
+    name = requested(argument)
+    first = tensors[0]
+    if name is None:
+        return automatic(op, *tensors)
+    if name in ("torch", "reference"):
+        return name
+    reasons = []
+    if missing := unavailable(name):
+        reasons.append(missing)
+    elif first.device.type not in serves(name):
+        reasons.append(f"it serves {' and '.join(serves(name))} tensors, input is on {first.device}")
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype not in dtypes:
+            wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            reasons.append(f"tensor {i} has dtype {str(tensor.dtype).removeprefix('torch.')}, wants {wanted}")
+        elif tensor.dtype != first.dtype:
+            reasons.append(f"tensor {i} has dtype {tensor.dtype}, but the input has {first.dtype}")
+        if tensor.device != first.device:
+            reasons.append(f"tensor {i} is on {tensor.device}, but the input is on {first.device}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            reasons.append(f"tensor {i} is not a dense strided tensor")
+    if reasons:
+        raise RuntimeError(f"pydl: {op}: backend {name!r} cannot serve this call: " + "; ".join(reasons))
+    return name
+
+
+def automatic(op: str, *tensors: Tensor) -> str:
+    """The fastest backend measured, native PyTorch where none was, or where a tensor is special."""
+    first = tensors[0]
+    limits = calibration.limits(first.device.type, op, first.dtype)
+    if limits is None:
+        return "torch"
+    backend, smallest, smallest_with_grad = limits
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if first.numel() < (smallest_with_grad if grad else smallest):
+        return "torch"
+    for tensor in tensors:
+        plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+        same = tensor.dtype == first.dtype and tensor.device == first.device
+        if not (plain and same and tensor.layout == torch.strided) or tensor.is_nested:
+            return "torch"
+    return backend
+
+
+_compiled_empty_like: Callable[[Tensor], Tensor] = C.empty_like
+
+
+def empty_like(like: Tensor) -> Tensor:
+    """`torch.empty_like`, with the memory of a large CPU tensor taken from the pool."""
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+        return torch.empty_like(like)
+    return _compiled_empty_like(like)

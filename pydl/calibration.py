@@ -1,0 +1,51 @@
+"""From which size on a kernel beats native PyTorch, as measured: `python -m bench --calibrate` rewrites it.
+
+The table ships as `calibration.json`; the environment's `PYDL_CALIBRATION` names another file. Its form:
+{device: {op: {dtype: [backend, elements, elements with gradient]}}}; a size of -1 means never.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+NEVER = 1 << 62
+Limits = tuple[str, int, int]
+
+
+def read() -> dict[tuple[str, str, torch.dtype], Limits]:
+    """The table by (device type, op, dtype).
+
+    Raises:
+        ValueError: the file is not such a table.
+    """
+    path = Path(os.environ.get("PYDL_CALIBRATION") or Path(__file__).with_name("calibration.json"))
+    table: dict[tuple[str, str, torch.dtype], Limits] = {}
+    try:
+        for device, ops in json.loads(path.read_text())["sizes"].items():
+            for op, dtypes in ops.items():
+                for dtype, (backend, forward, backward) in dtypes.items():
+                    sizes = [NEVER if n < 0 else int(n) for n in (forward, backward)]
+                    table[device, op, getattr(torch, dtype)] = (backend, sizes[0], sizes[1])
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"pydl: {path} is not a calibration table ({error!r}); remedy: python -m bench --calibrate"
+        ) from error
+    return table
+
+
+_table = read()
+
+
+def limits(device: str, op: str, dtype: torch.dtype) -> Limits | None:
+    """(backend, smallest size, smallest size with gradient), or None where nothing was measured."""
+    return _table.get((device, op, dtype))
+
+
+def reload() -> None:
+    """Reads the file again."""
+    global _table
+    _table = read()

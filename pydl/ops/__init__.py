@@ -1,0 +1,3 @@
+"""The ops by family: rows of the table, definitions, autograd and the functional API."""
+
+from pydl.ops import activation, bias_act, gated_act  # noqa: F401
