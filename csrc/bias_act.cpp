@@ -9,7 +9,8 @@ namespace {
 // The bias comes expanded to the shape of x; with dropout x is contiguous.
 void bias_act_fwd(Out y, View x, View bias, Maybe seed, int64_t act, double parameter, double dropout_p) {
   const Dropout dropout = dropout_of("bias_act", seed, dropout_p);
-  dispatch_activation("bias_act", act, parameter, [&](auto f) {
+  check_activation("bias_act", act);
+  with_activation(act, parameter, [&](auto f) {
     map<BiasForward<decltype(f)>, 1, 2>("bias_act", {f, dropout}, {y}, {x, bias});
   });
 }
@@ -17,7 +18,8 @@ void bias_act_fwd(Out y, View x, View bias, Maybe seed, int64_t act, double para
 void bias_act_bwd(Out dx, Out dbias, Out partials, View dy, View x, View bias, Maybe seed, int64_t act,
                   double parameter, double dropout_p) {
   const Dropout dropout = dropout_of("bias_act", seed, dropout_p);
-  dispatch_activation("bias_act", act, parameter, [&](auto f) {
+  check_activation("bias_act", act);
+  with_activation(act, parameter, [&](auto f) {
     map_and_sum<BiasBackward<decltype(f)>, 1, 2>("bias_act", {f, dropout}, {dx}, {dy, x}, bias, dbias,
                                                  partials);
   });

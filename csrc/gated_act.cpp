@@ -7,13 +7,15 @@ inline namespace PYDL_ISA {
 namespace {
 
 void gated_act_fwd(Out y, View gate, View up, int64_t act, double parameter) {
-  dispatch_activation("gated_act", act, parameter, [&](auto f) {
+  check_activation("gated_act", act);
+  with_activation(act, parameter, [&](auto f) {
     map<GatedForward<decltype(f)>, 1, 2>("gated_act", {f}, {y}, {gate, up});
   });
 }
 
 void gated_act_bwd(Out dgate, Out dup, View dy, View gate, View up, int64_t act, double parameter) {
-  dispatch_activation("gated_act", act, parameter, [&](auto f) {
+  check_activation("gated_act", act);
+  with_activation(act, parameter, [&](auto f) {
     map<GatedBackward<decltype(f)>, 2, 3>("gated_act", {f}, {dgate, dup}, {dy, gate, up});
   });
 }

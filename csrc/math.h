@@ -96,6 +96,7 @@ PYDL_HD Normal<double> normal(double x) {
 }
 
 struct Identity {
+  static constexpr int kNumber = 0;
   static constexpr bool kSavesOutput = false;
   template <class V>
   PYDL_HD V forward(V x) const {
@@ -108,6 +109,7 @@ struct Identity {
 };
 
 struct Sigmoid {
+  static constexpr int kNumber = 1;
   static constexpr bool kSavesOutput = true;
   template <class V>
   PYDL_HD V forward(V x) const {
@@ -120,6 +122,7 @@ struct Sigmoid {
 };
 
 struct Tanh {
+  static constexpr int kNumber = 2;
   static constexpr bool kSavesOutput = true;
   template <class V>
   PYDL_HD V forward(V x) const {
@@ -132,6 +135,7 @@ struct Tanh {
 };
 
 struct Relu {
+  static constexpr int kNumber = 3;
   static constexpr bool kSavesOutput = true;
   template <class V>
   PYDL_HD V forward(V x) const {
@@ -145,6 +149,7 @@ struct Relu {
 
 // The sign of x decides; where slope >= 0 the output has the same sign and may be saved instead.
 struct LeakyRelu {
+  static constexpr int kNumber = 4;
   static constexpr bool kSavesOutput = false;
   double slope;
   template <class V>
@@ -158,6 +163,7 @@ struct LeakyRelu {
 };
 
 struct Elu {
+  static constexpr int kNumber = 5;
   static constexpr bool kSavesOutput = false;
   double alpha;
   template <class V>
@@ -172,6 +178,7 @@ struct Elu {
 
 // Klambauer et al. 2017, arXiv 1706.02515: the constants keep mean 0 and variance 1.
 struct Selu {
+  static constexpr int kNumber = 6;
   static constexpr bool kSavesOutput = false;
   static constexpr double kScale = 1.0507009873554804934193349852946;
   static constexpr double kScaledAlpha = 1.6732632423543772848170429916717 * kScale;
@@ -189,6 +196,7 @@ struct Selu {
 
 // Hendrycks and Gimpel 2016, arXiv 1606.08415: x Phi(x).
 struct Gelu {
+  static constexpr int kNumber = 7;
   static constexpr bool kSavesOutput = false;
   template <class V>
   PYDL_HD V forward(V x) const {
@@ -203,6 +211,7 @@ struct Gelu {
 
 // (1 + tanh u) / 2 is the logistic function of 2u: one exponential.
 struct GeluTanh {
+  static constexpr int kNumber = 8;
   static constexpr bool kSavesOutput = false;
   static constexpr double kTwoC = 1.5957691216057308;  // 2 sqrt(2 / pi)
   static constexpr double kCubic = 0.044715;
@@ -223,6 +232,7 @@ struct GeluTanh {
 
 // Ramachandran et al. 2017, arXiv 1710.05941: x logistic(beta x); silu where beta is 1.
 struct Swish {
+  static constexpr int kNumber = 10;
   static constexpr bool kSavesOutput = false;
   double beta;
   template <class V>
@@ -250,6 +260,7 @@ struct Swish {
 };
 
 struct Silu {
+  static constexpr int kNumber = 9;
   static constexpr bool kSavesOutput = false;
   template <class V>
   PYDL_HD V forward(V x) const {
@@ -265,6 +276,7 @@ struct Silu {
 // Misra 2019, arXiv 1908.08681: x tanh(log(1 + e^x)). With e = e^x and n = e^2 + 2e the tanh is n / (n + 2),
 // and its derivative 4 e (e + 1) / (n + 2)^2. Past 20 the tanh is 1 in fp32 (40 in fp64).
 struct Mish {
+  static constexpr int kNumber = 11;
   static constexpr bool kSavesOutput = false;
   template <class V>
   PYDL_HD V forward(V x) const {
@@ -308,23 +320,60 @@ PYDL_HD V backward_from_input(const F& f, V dy, V x) {
   }
 }
 
-// The activations that a fused op can name, numbered as in pydl/ops/activation.py. Calls body(F{...}).
+// The activations by the numbers that pydl/ops/bias_act.py gives them. Calls body(F{...}).
 template <class Body>
-inline void dispatch_activation(const char* op, int64_t act, double parameter, const Body& body) {
+PYDL_HD auto with_activation(int64_t act, double parameter, const Body& body) {
   switch (act) {
-    case 0: return body(Identity{});
-    case 1: return body(Sigmoid{});
-    case 2: return body(Tanh{});
-    case 3: return body(Relu{});
-    case 4: return body(LeakyRelu{parameter});
-    case 5: return body(Elu{parameter});
-    case 6: return body(Selu{});
-    case 7: return body(Gelu{});
-    case 8: return body(GeluTanh{});
-    case 9: return body(Silu{});
-    case 10: return body(Swish{parameter});
-    case 11: return body(Mish{});
-    default: fail("%s: act is %lld, wants 0 to 11", op, static_cast<long long>(act));
+    case Sigmoid::kNumber: return body(Sigmoid{});
+    case Tanh::kNumber: return body(Tanh{});
+    case Relu::kNumber: return body(Relu{});
+    case LeakyRelu::kNumber: return body(LeakyRelu{parameter});
+    case Elu::kNumber: return body(Elu{parameter});
+    case Selu::kNumber: return body(Selu{});
+    case Gelu::kNumber: return body(Gelu{});
+    case GeluTanh::kNumber: return body(GeluTanh{});
+    case Silu::kNumber: return body(Silu{});
+    case Swish::kNumber: return body(Swish{parameter});
+    case Mish::kNumber: return body(Mish{});
+    default: return body(Identity{});
+  }
+}
+
+// One chosen at run time: for the paths that are seldom taken, which need not be compiled for each.
+struct AnyActivation {
+  static constexpr bool kSavesOutput = false;
+  int64_t act;
+  double parameter;
+  template <class V>
+  PYDL_HD V forward(V x) const {
+    return with_activation(act, parameter, [&](auto f) { return f.forward(x); });
+  }
+  template <class V>
+  PYDL_HD V backward(V dy, V saved) const {
+    return with_activation(act, parameter, [&](auto f) { return f.backward(dy, saved); });
+  }
+};
+template <class V>
+PYDL_HD V backward_from_input(const AnyActivation& any, V dy, V x) {
+  return with_activation(any.act, any.parameter, [&](auto f) { return backward_from_input(f, dy, x); });
+}
+
+// A functor's parameter, 0 where it has none.
+template <class F>
+constexpr double parameter_of(const F& f) {
+  if constexpr (requires { f.slope; }) return f.slope;
+  if constexpr (requires { f.alpha; }) return f.alpha;
+  if constexpr (requires { f.beta; }) return f.beta;
+  return 0;
+}
+template <class F>
+constexpr AnyActivation any_of(const F& f) {
+  return {F::kNumber, parameter_of(f)};
+}
+
+inline void check_activation(const char* op, int64_t act) {
+  if (act < 0 || act > Mish::kNumber) {
+    fail("%s: act is %lld, wants 0 to %d", op, static_cast<long long>(act), Mish::kNumber);
   }
 }
 

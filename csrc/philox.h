@@ -8,9 +8,14 @@ namespace pydl {
 inline namespace PYDL_ISA {
 
 struct Dropout {
-  uint64_t seed, offset;
-  uint32_t threshold;  // an element is dropped where its word is below
-  double scale;        // 1 / (1 - p)
+  const int64_t* seed;  // (seed, offset), read where the work is done
+  uint32_t threshold;   // an element is dropped where its word is below; 0 where nothing is
+  double scale;         // 1 / (1 - p)
+#if defined(__CUDACC__) || defined(PYDL_EMULATION)
+  // A thread's own copy keeps the block that its last element came from: neighbours share it.
+  mutable int64_t block = -1;
+  mutable uint32_t words[4] = {};
+#endif
 };
 
 PYDL_HD void philox(uint64_t counter, uint64_t offset, uint64_t seed, uint32_t (&out)[4]) {
@@ -33,56 +38,51 @@ PYDL_HD void philox(uint64_t counter, uint64_t offset, uint64_t seed, uint32_t (
   out[3] = d;
 }
 
-// factors[j] is 0 where element first + j is dropped, else the scale.
-template <int kCount, class A>
-PYDL_HD void dropout_factors(const Dropout& dropout, int64_t first, A (&factors)[kCount]) {
+PYDL_HD uint32_t pick(const uint32_t (&words)[4], int64_t i) {
+  const int lane = static_cast<int>(i & 3);
+  return lane == 0 ? words[0] : lane == 1 ? words[1] : lane == 2 ? words[2] : words[3];
+}
+
+// The factor of every lane of V, the first at element `index`: 0 where it is dropped, else the scale.
+#if defined(__CUDACC__) || defined(PYDL_EMULATION)
+template <class V>
+PYDL_DEVICE V keep(const Dropout& dropout, int64_t index) {
+  if (index / 4 != dropout.block) {
+    dropout.block = index / 4;
+    philox(static_cast<uint64_t>(dropout.block), static_cast<uint64_t>(dropout.seed[1]),
+           static_cast<uint64_t>(dropout.seed[0]), dropout.words);
+  }
+  return pick(dropout.words, index) < dropout.threshold ? V(0) : static_cast<V>(dropout.scale);
+}
+#else
+// Not inlined: the rounds, unrolled into every formula, would take long to compile.
+template <class V>
+inline __attribute__((noinline)) V keep(const Dropout& dropout, int64_t index) {
+  constexpr int kCount = sizeof(V) == kVectorBytes ? kLanes : 1;
+  using A = std::conditional_t<kCount == 1, V, float>;
+  A factors[kCount];
   uint32_t words[4] = {};
   int64_t block = -1;
   for (int j = 0; j < kCount; ++j) {
-    const int64_t i = first + j;
+    const int64_t i = index + j;
     if (i / 4 != block) {
       block = i / 4;
-      philox(static_cast<uint64_t>(block), dropout.offset, dropout.seed, words);
+      philox(static_cast<uint64_t>(block), static_cast<uint64_t>(dropout.seed[1]),
+             static_cast<uint64_t>(dropout.seed[0]), words);
     }
-    const int lane = static_cast<int>(i & 3);
-    const uint32_t word = lane == 0 ? words[0] : lane == 1 ? words[1] : lane == 2 ? words[2] : words[3];
-    factors[j] = word < dropout.threshold ? A(0) : static_cast<A>(dropout.scale);
+    factors[j] = pick(words, i) < dropout.threshold ? A(0) : static_cast<A>(dropout.scale);
   }
+  return load(factors);
 }
-
-#if defined(__CUDACC__)
-#define PYDL_KEEP PYDL_HD
-#else
-#define PYDL_KEEP inline __attribute__((noinline))  // rounds unrolled into every formula take long to compile
 #endif
-// The factor of every lane of V, the first at element `index`.
-template <class V>
-PYDL_KEEP V keep(const Dropout& dropout, int64_t index) {
-#if !defined(__CUDACC__) && !defined(PYDL_EMULATION)
-  if constexpr (std::is_same_v<V, vfloat>) {
-    float factors[kLanes];
-    dropout_factors(dropout, index, factors);
-    return load(factors);
-  } else
-#endif
-  {
-    V factor[1];
-    dropout_factors(dropout, index, factor);
-    return factor[0];
-  }
-}
 
 // seed: int64 of (seed, offset), or absent where p is 0.
 inline Dropout dropout_of(const char* op, const View& seed, double p) {
-  Dropout dropout{0, 0, 0, 1};
-  if (p == 0) return dropout;
+  if (p == 0) return {nullptr, 0, 1};
   if (seed.numel != 2 || seed.dtype != DType::i64) fail("%s: seed must be two int64 values", op);
-  const int64_t* words = static_cast<const int64_t*>(seed.data);
-  dropout.seed = static_cast<uint64_t>(words[0]);
-  dropout.offset = static_cast<uint64_t>(words[1]);
-  dropout.threshold = static_cast<uint32_t>(p * 4294967296.0 < 4294967295.0 ? p * 4294967296.0 : 4294967295.0);
-  dropout.scale = p < 1 ? 1 / (1 - p) : 0;
-  return dropout;
+  const double threshold = p * 4294967296.0;
+  return {static_cast<const int64_t*>(seed.data),
+          static_cast<uint32_t>(threshold < 4294967295.0 ? threshold : 4294967295.0), p < 1 ? 1 / (1 - p) : 0};
 }
 
 }  // namespace PYDL_ISA

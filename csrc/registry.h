@@ -96,11 +96,11 @@ struct Count<0, I...> {
   using type = Indices<I...>;
 };
 
-template <auto Fn>
+template <auto Fn, class Type = decltype(Fn)>
 struct Erased;
 
-template <class... A, void (*Fn)(A...)>
-struct Erased<Fn> {
+template <auto Fn, class... A>
+struct Erased<Fn, void (*)(A...)> {
   static constexpr char kinds[sizeof...(A) + 1] = {kind_of<A>()..., 0};
   static void call(Stream, const Arg* args) { spread(args, typename Count<sizeof...(A)>::type{}); }
   template <int... I>
@@ -109,8 +109,8 @@ struct Erased<Fn> {
   }
 };
 
-template <class... A, void (*Fn)(Stream, A...)>
-struct Erased<Fn> {
+template <auto Fn, class... A>
+struct Erased<Fn, void (*)(Stream, A...)> {
   static constexpr char kinds[sizeof...(A) + 1] = {kind_of<A>()..., 0};
   static void call(Stream stream, const Arg* args) {
     spread(stream, args, typename Count<sizeof...(A)>::type{});

@@ -6,8 +6,9 @@
 >>> with pydl.use_backend("triton"): ...   # or say who computes
 """
 
-from pydl import functional, pool
+from pydl import functional, nn, pool
 from pydl.backends import use_backend
+from pydl.replace import replace
 
-__all__ = ["functional", "pool", "use_backend"]
+__all__ = ["functional", "nn", "pool", "replace", "use_backend"]
 __version__ = "0.1.0"

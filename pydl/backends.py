@@ -184,6 +184,8 @@ def choose(
         reasons.append(missing)
     elif first.device.type not in serves(name):
         reasons.append(f"it serves {' and '.join(serves(name))} tensors, input is on {first.device}")
+    if name == "triton":
+        dtypes = tuple(d for d in dtypes if d != torch.float64)
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in dtypes:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -34,7 +34,7 @@ VARIANTS = {
 }
 # Kernels see the same bytes as float and as float4, which nvcc allows.
 _FLAGS = ["-DPYDL_EMULATION", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
-_FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+_FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
 
 _PRELOADED = ("libasan.so", "libstdc++.so")
 
@@ -42,7 +42,7 @@ _PRELOADED = ("libasan.so", "libstdc++.so")
 @dataclass
 class _Object:
     source: Path
-    flags: Sequence[str] = ("-std=c++17",)
+    flags: Sequence[str] = ("-std=c++20",)
     inputs: str = ""  # what else it depends on
     label: str = ""
 
@@ -136,7 +136,7 @@ def _make(
     out: Path,
 ) -> Path:
     edges = [
-        _Object(HERE / "edge.cpp", ["-std=c++17", f"-DPYDL_EDGE={name}"], label=f".{name}")
+        _Object(HERE / "edge.cpp", ["-std=c++20", f"-DPYDL_EDGE={name}"], label=f".{name}")
         for name in ("shared_begin", "shared_end")
     ]
     # The order of the objects matters: see edge.cpp.
@@ -167,7 +167,8 @@ def _compile(variant: str, objects: list[_Object], folder: Path) -> list[str]:
         flags = [*VARIANTS[variant], *_FLAGS, *item.flags]
         # For quoted includes only: csrc has a math.h and a cuda.h of its own.
         flags += ["-iquote", str(CSRC), "-iquote", str(HERE)]
-        headers = {h for place in (CSRC, HERE, source.parent) for h in place.glob("*.h")}
+        places = {CSRC, HERE, source.parent}
+        headers = {h for place in places for end in ("h", "cuh") for h in place.glob(f"*.{end}")}
         contents = [f.read_bytes().hex() for f in [source, *sorted(headers)]]
         key = _digest([version, item.inputs, *flags, *contents])
         if not _current(path, key):

@@ -257,8 +257,7 @@ void draw_order(bool whole_warps) {
 
 void begin_block() {
   Machine& m = machine;
-  // All as far as the next barrier, or anything between, or (most telling) a warp as far as it
-  // gets.
+  // All as far as the next barrier; anything between; or, most telling, a warp as far as it gets.
   const uint32_t policy = m.random_bits() >> 30;
   m.ready_first = policy == 0 ? 0 : policy == 1 ? m.random_bits() : uint64_t{1} << 32;
   m.newest = policy == 0 ? kMaxThreads : policy == 1 ? 1 + m.random_below(m.threads) : 1;

@@ -83,8 +83,7 @@ struct alignas(16) Seat {
   int thread;
 };
 extern Seat running;  // copied at every switch
-// The threads of the block that have not started; none where it takes more than a copy to start
-// one.
+// The threads that have not started; none where it takes more than a copy to start one.
 extern const Seat *next_seat, *last_seat;
 bool leave();
 
@@ -135,8 +134,7 @@ inline T shuffle(const char* name, unsigned mask, T value, int source) {
 }
 
 // A lane's source as PTX defines shfl: only the low five bits count, and a source outside the
-// lane's segment of width lanes gives the lane its own value. Butterflies may reach into lower
-// segments.
+// segment of width lanes means the lane itself, though a butterfly may reach a lower segment.
 inline int source_of(int source, int width) {
   return (lane() & ~(width - 1)) | (source & (width - 1));
 }

@@ -109,13 +109,13 @@ void check_sums() {
 }
 
 void check_shuffles() {
-  Array<int> y({4, 5, 33, 32});
+  Array<int> y({4, 5, 40, 32});
   call("selftest_shuffles", {y});
   for (int64_t i = 0; i < y.numel; ++i) {
-    const int lane = i % 32, n = i / 32 % 33, width = 32 >> (i / (32 * 33) % 5);
+    const int lane = i % 32, n = i / 32 % 40, width = 32 >> (i / (32 * 40) % 5);
     const int first = lane - lane % width, last = first + width - 1, operand = n % 32;
     int from = lane;
-    switch (i / (32 * 33 * 5)) {
+    switch (i / (32 * 40 * 5)) {
       case 0:
         from = first + n % width;
         break;
@@ -129,7 +129,7 @@ void check_shuffles() {
         from = lane ^ operand;
         break;
     }
-    const bool butterfly = i / (32 * 33 * 5) == 3;
+    const bool butterfly = i / (32 * 40 * 5) == 3;
     if (from > last || (from < first && !butterfly)) from = lane;
     expect(y[i] == 100 + from, "shuffles", i, y[i], 100 + from);
   }
@@ -251,13 +251,20 @@ std::string failure(const std::function<void()>& body) {
   return "no failure";
 }
 
+std::string wrong(int kind) {
+  Array<float> y({128});
+  Array<int> alive({1});
+  const std::string message = failure([&] { call("selftest_wrong", {y, alive, number(kind)}); });
+  expect(alive[0] == 0, "threads alive after failure", kind, alive[0], 0);
+  return message;
+}
+
 // Each failure, and that the next launch knows nothing of it.
-void wrong() {
+void all_wrong() {
   for (int seed = 0; seed < kSeeds; ++seed) {
     pydl_emulation_seed(static_cast<uint64_t>(seed));
     for (int kind = 0; kind < 7; ++kind) {
-      Array<float> y({128});
-      const std::string message = failure([&] { call("selftest_wrong", {y, number(kind)}); });
+      const std::string message = wrong(kind);
       printf("%d: %s\n", kind, message.c_str());
       check_sum(64);
     }
@@ -312,8 +319,7 @@ void threads() {
     all.emplace_back([] {
       for (int round = 0; round < 20; ++round) {
         check_sum(96);
-        Array<float> y({128});
-        failure([&] { call("selftest_wrong", {y, number(0)}); });
+        wrong(0);
       }
     });
   }
@@ -353,7 +359,7 @@ int main(int count, char** arguments) {
   const std::map<std::string, std::function<void()>> all = {
       {"check", check},
       {"missing", missing},
-      {"wrong", wrong},
+      {"wrong", all_wrong},
       {"limits", limits},
       {"order", [&] { order(argument); }},
       {"unwritten", unwritten},

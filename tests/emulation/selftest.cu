@@ -84,14 +84,14 @@ void reverse(Stream stream, Out y, View x, bool warp, bool barrier) {
   }
 }
 
-// y [4 kinds, 5 widths, 33 operands, 32 lanes]: what each lane gets where each offers 100 + lane.
+// y [4 kinds, 5 widths, 40 operands, 32 lanes]: what each lane gets where each offers 100 + lane.
 __global__ void shuffles_kernel(int* y) {
   const int lane = threadIdx.x, mine = 100 + lane;
   for (int w = 0; w < 5; ++w) {
     const int width = 32 >> w;
-    for (int n = 0; n <= 32; ++n) {
-      int* at = y + (w * 33 + n) * 32 + lane;
-      const int step = 5 * 33 * 32;
+    for (int n = 0; n < 40; ++n) {
+      int* at = y + (w * 40 + n) * 32 + lane;
+      const int step = 5 * 40 * 32;
       at[0 * step] = __shfl_sync(kAll, mine, n, width);
       at[1 * step] = __shfl_up_sync(kAll, mine, n, width);
       at[2 * step] = __shfl_down_sync(kAll, mine, n, width);
@@ -214,8 +214,15 @@ void past(Stream stream, Out y, int64_t where) {
               static_cast<int>(y.numel), static_cast<int>(where));
 }
 
-// Programs that no GPU needs to finish.
-__global__ void wrong_kernel(float* y, int kind) {
+struct Alive {
+  int* count;
+  __device__ explicit Alive(int* c) : count(c) { atomicAdd(count, 1); }
+  __device__ ~Alive() { atomicAdd(count, -1); }
+};
+
+// Programs that no GPU needs to finish. The count of threads inside is 0 again after a failure.
+__global__ void wrong_kernel(float* y, int* alive, int kind) {
+  const Alive inside(alive);
   const int t = threadIdx.x, lane = t % 32;
   float v = 1;
   switch (kind) {
@@ -251,8 +258,9 @@ __global__ void wrong_kernel(float* y, int kind) {
   }
   y[t] = v;
 }
-void wrong(Stream stream, Out y, int64_t kind) {
-  PYDL_LAUNCH(wrong_kernel, 1, 128, 0, stream, static_cast<float*>(y.data), static_cast<int>(kind));
+void wrong(Stream stream, Out y, Out alive, int64_t kind) {
+  PYDL_LAUNCH(wrong_kernel, 1, 128, 0, stream, static_cast<float*>(y.data),
+              static_cast<int*>(alive.data), static_cast<int>(kind));
 }
 
 __global__ void nothing_kernel() {}
@@ -296,7 +304,7 @@ EXPORT(cuda, selftest_integers, "y, a, b", pydl::integers)
 EXPORT(cuda, selftest_order, "y, count, x, by_y, by_z, threads", pydl::order)
 EXPORT(cuda, selftest_unwritten, "y", pydl::unwritten)
 EXPORT(cuda, selftest_past, "y, where", pydl::past)
-EXPORT(cuda, selftest_wrong, "y, kind", pydl::wrong)
+EXPORT(cuda, selftest_wrong, "y, alive, kind", pydl::wrong)
 EXPORT(cuda, selftest_nothing, "x, y, z, threads, bytes", pydl::nothing)
 EXPORT(cuda, selftest_barriers, "y, rounds", pydl::barriers)
 EXPORT(cuda, selftest_add, "y, x", pydl::add)

@@ -159,7 +159,7 @@ def test_objects_are_built_again_only_when_their_inputs_change(tmp_path: Path) -
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_selftest_is_valid_cuda(tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-Werror", "all-warnings", "-c"]
+    command = ["nvcc", "-std=c++20", "-arch=sm_80", "-Werror", "all-warnings", "-c"]
     command += [str(build.HERE / "selftest.cu"), "-o", str(tmp_path / "selftest.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,95 @@
+"""Modes of the C library's allocator, and running the rows in a process that has one.
+
+Native PyTorch maps every large output anew on the CPU, and touching fresh pages takes longer than most pointwise
+kernels. `as-it-comes` is what a user gets without doing anything; `heap-reuse` tells glibc to keep the memory
+that is freed, which shows what the kernels themselves are worth. Ratios hold for one mode only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bench import ROOT, measure
+from bench.options import Settings
+from bench.rows import Row, measured
+from pydl import use_backend
+
+# No block is mapped for itself, the heap grows by 1 GiB at a time and never shrinks; one arena for all threads.
+HEAP_REUSE = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_ARENA_MAX": "1",
+}
+WORDS = {"as-it-comes": "as it comes", "heap-reuse": "heap reuse"}
+
+Item = tuple[str, Any]
+
+
+def check_reuse() -> None:
+    """Makes sure that this process reuses freed memory.
+
+    Raises:
+        RuntimeError: the C library did not take the environment's word.
+    """
+    for _ in range(2):
+        torch.ones(4 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(4 << 20)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    if faults > 400:
+        raise RuntimeError(
+            f"bench: a 16 MiB tensor takes {faults} page faults with {', '.join(HEAP_REUSE)} set: this C "
+            "library is not glibc, or another allocator is loaded; remedy: --modes as-it-comes"
+        )
+
+
+def here(settings: Settings, mode: str) -> Iterator[Item]:
+    """Measures in this process: yields ("row", row) for each, then ("ceilings", what `measure.ceilings` finds)."""
+    budget = measure.QUICK if settings.quick else measure.FULL
+    with use_backend(None):
+        for row in measured(settings, mode):
+            yield "row", row
+    yield "ceilings", measure.ceilings(settings.device, settings.dtypes, budget)
+
+
+def elsewhere(settings: Settings, mode: str) -> Iterator[Item]:
+    """Measures in a process of its own, as `here` does, with the environment of the mode.
+
+    Raises:
+        RuntimeError: that process failed; what it said went to stderr.
+    """
+    command = [sys.executable, "-m", "bench.worker", mode]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | HEAP_REUSE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdin and process.stdout
+        process.stdin.write(settings.to_json())
+        process.stdin.close()
+        try:
+            for line in process.stdout:
+                kind, content = json.loads(line)
+                yield kind, content
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise RuntimeError(f"bench: {' '.join(command)} ended with status {process.returncode}")
+
+
+def run(settings: Settings, mode: str) -> Iterator[Item]:
+    """The rows of a mode, and the machine's ceilings in it."""
+    return (elsewhere if mode == "heap-reuse" else here)(settings, mode)
+
+
+def skipped(row: Row) -> bool:
+    return "skipped" in row

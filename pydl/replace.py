@@ -1,0 +1,234 @@
+"""Swaps the modules of a model for their fused twins: in place, by instance, reversibly.
+
+A twin shares the `__dict__` of the module that it stands for: the same parameters, buffers, hooks, flags and
+children, so optimisers, tied weights and handles go on working, and what is done to either is done to both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pydl import nn as pydl_nn
+from pydl.backends import NAMES, unavailable
+from pydl.report import Replaced, Report, Skipped, Swap, class_name
+
+__all__ = ["TWINS", "Replaced", "Report", "Skipped", "register_twin", "replace"]
+
+Pattern = type | str | Callable[[str, nn.Module], bool]
+Patterns = Pattern | Iterable[Pattern] | None
+
+# Exact type -> its twin. Families add to it with `register_twin`.
+TWINS: dict[type, type] = {}
+
+
+def register_twin(torch_cls: type, pydl_cls: type) -> None:
+    """Says that `pydl_cls` may stand for `torch_cls`.
+
+    `replace` hands the attributes of the one to the other without calling a constructor: the twin's `forward`
+    must work with them alone, and must do what that of `torch_cls` does.
+
+    Raises:
+        ValueError: `torch_cls` has another twin.
+        TypeError: one of them is not a module type.
+    """
+    for cls in (torch_cls, pydl_cls):
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise TypeError(f"pydl: register_twin: got {cls!r}, wants a subclass of torch.nn.Module")
+    if TWINS.setdefault(torch_cls, pydl_cls) is not pydl_cls:
+        raise ValueError(
+            f"pydl: register_twin: torch_cls is {class_name(torch_cls)}, whose twin is "
+            f"{class_name(TWINS[torch_cls])} already"
+        )
+
+
+for _name in ("ELU", "GELU", "GLU", "LeakyReLU", "Mish", "PReLU", "ReLU", "SELU", "SiLU", "Sigmoid", "Tanh"):
+    register_twin(getattr(nn, _name), getattr(pydl_nn, _name))
+
+
+class Place(NamedTuple):
+    """Where a module stands: in `parent` under `name`; the model itself has no parent."""
+
+    path: str
+    parent: nn.Module | None
+    name: str
+    above: tuple[tuple[str, nn.Module], ...]
+    """The containers that it is in, with their paths, outermost first."""
+
+
+@dataclass
+class Found:
+    """A module of the model, and every place that it stands in."""
+
+    module: nn.Module
+    places: list[Place]
+
+
+def _walk(model: nn.Module) -> list[Found]:
+    """Every module once, with all its places, in the order of `named_modules`."""
+    found: dict[int, Found] = {}
+
+    def visit(module: nn.Module, place: Place) -> None:
+        found.setdefault(id(module), Found(module, [])).places.append(place)
+        if any(module is one for _, one in place.above):
+            return
+        above = (*place.above, (place.path, module))
+        for name, child in module._modules.items():
+            if child is not None:
+                path = f"{place.path}.{name}" if place.path else name
+                visit(child, Place(path, module, name, above))
+
+    visit(model, Place("", None, "", ()))
+    return list(found.values())
+
+
+class _Filter:
+    """`include` or `exclude`: which modules it speaks of, and which of its patterns were of use."""
+
+    def __init__(self, name: str, patterns: Patterns) -> None:
+        one = isinstance(patterns, str) or callable(patterns)
+        many: Any = (patterns,) if one else () if patterns is None else patterns
+        self.name, self.patterns = name, tuple[Pattern, ...](many)
+        self.unused = list(self.patterns)
+        for pattern in self.patterns:
+            if isinstance(pattern, nn.Module) or not (isinstance(pattern, str) or callable(pattern)):
+                raise TypeError(
+                    f"pydl: replace: {name} has {pattern!r}, wants module types, names (with * and ?) or "
+                    "functions of (path, module)"
+                )
+
+    def matches(self, found: Found) -> bool:
+        """Whether a pattern fits the module; types and names also where they fit a container of it."""
+        fits = [p for p in self.patterns if any(self._fits(p, found.module, q) for q in found.places)]
+        self.unused = [p for p in self.unused if p not in fits]
+        return bool(fits)
+
+    @staticmethod
+    def _fits(pattern: Pattern, module: nn.Module, place: Place) -> bool:
+        candidates = [*place.above, (place.path, module)]
+        if isinstance(pattern, str):
+            return any(path and fnmatchcase(path, pattern) for path, _ in candidates)
+        if isinstance(pattern, type):
+            return any(isinstance(one, pattern) for _, one in candidates)
+        return bool(pattern(place.path, module))
+
+    def notes(self) -> list[str]:
+        shown = (p if isinstance(p, str) else getattr(p, "__name__", repr(p)) for p in self.unused)
+        return [f"{self.name} {one!r} fits no module that has a twin" for one in shown]
+
+
+def _base(module: nn.Module) -> type | None:
+    """The type with a twin that a module is, derives from, or was scripted from."""
+    cls: type | None = next((c for c in type(module).__mro__ if c in TWINS), None)
+    if isinstance(module, torch.jit.ScriptModule):
+        original = getattr(module, "original_name", None)
+        cls = next((c for c in TWINS if c.__name__ == original), cls)
+    return cls
+
+
+def _obstacle(found: Found, base: type, backend: str | None) -> str | None:
+    """Why a module must stay as it is, or None."""
+    module, cls = found.module, type(found.module)
+    own = vars(module)
+    if cls in TWINS.values():
+        now = getattr(module, "backend", None)
+        differs = f", with backend {now!r}: set its attribute `backend`, or undo first"
+        return "is pydl's already" + (differs if backend is not None and backend != now else "")
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is TorchScript; replace before torch.jit.script"
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return f"is a parametrized {class_name(base)}, which changes its class"
+    if cls is not base:
+        own_forward = cls.forward is not base.forward
+        return f"is a subclass of {class_name(base)}" + (" with a forward of its own" if own_forward else "")
+    if "forward" in own:
+        return "has a forward of its own, set on the instance"
+    if own.get("_compiled_call_impl") is not None:
+        return "is compiled by itself; replace before compile()"
+    if "backend" in own:
+        return "has an attribute `backend` of its own"
+    for place in found.places:
+        # By name, since importing what torch.compile needs takes seconds.
+        if type(place.parent).__name__ == "OptimizedModule":
+            return "is compiled by itself; replace before torch.compile"
+        if place.parent is not None and place.name in vars(place.parent):
+            return f"is also an ordinary attribute of {class_name(type(place.parent))}"
+    return None
+
+
+def replace(
+    model: nn.Module,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    backend: str | None = None,
+    dry_run: bool = False,
+) -> Report:
+    """Swaps a model's modules for their fused twins, in place, and says what it did.
+
+    Only a module whose type is exactly one of `TWINS` is swapped; what derives from one is left alone and named in
+    `report.skipped`. A module that stands in several places gets one twin. State is shared, not copied: parameters,
+    buffers, hooks, the training flag and `state_dict` keys stay what they are. Nothing is changed if an error occurs.
+
+    Args:
+        model: Any module. Where it is itself of such a type it has no place to be swapped in: use `report.model`.
+        include: What to swap; None for all. One or several of: a module type; a name as in `named_modules`, with
+            `*` and `?`; a function of (path, module). A type or name that fits a container stands for all in it.
+        exclude: What to leave alone, likewise; it wins over `include`.
+        backend: Who computes in the twins; None for the automatic choice at each call (see `pydl.backends`).
+        dry_run: Change nothing, only report what would be done.
+
+    Returns:
+        What was replaced and skipped and why; `print(report)` shows it, `report.undo()` takes it back, and
+        `report.model` is the model to use from now on.
+
+    Raises:
+        TypeError: `model` is no module, or a pattern is not as above.
+        ValueError: there is no such backend.
+        RuntimeError: the backend is not available here.
+
+    >>> report = pydl.replace(model, exclude=["head.*", torch.nn.Sigmoid])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"pydl: replace: model is a {type(model).__name__}, wants a torch.nn.Module")
+    if backend is not None:
+        if backend not in NAMES:
+            raise ValueError(f"pydl: replace: backend is {backend!r}, wants one of {', '.join(NAMES)}")
+        if why := unavailable(backend):
+            raise RuntimeError(f"pydl: replace: backend {backend!r} is not available: {why}")
+    included, excluded = _Filter("include", include), _Filter("exclude", exclude)
+    report = Report(model, dry_run=dry_run)
+    swaps: list[Swap] = []
+    for found in _walk(model):
+        base = _base(found.module)
+        if base is None:
+            continue
+        path, cls = found.places[0].path, type(found.module)
+        wanted, unwanted = included.matches(found) or not included.patterns, excluded.matches(found)
+        why = _obstacle(found, base, backend) if wanted and not unwanted else None
+        if not wanted or unwanted:
+            why = "excluded" if unwanted else "not included"
+        if why is not None:
+            report.skipped.append(Skipped(path, class_name(cls), why))
+            continue
+        twin = TWINS[cls]
+        others = ", ".join(place.path for place in found.places[1:])
+        reason = "same function, fused" + (f"; shared with {others}" if others else "")
+        report.replaced.append(Replaced(path, class_name(cls), class_name(twin), reason))
+        swaps.append(Swap(found.module, _twin(found.module, twin), [(q.parent, q.name) for q in found.places]))
+    report.notes += included.notes() + excluded.notes()
+    if not dry_run:
+        report.apply(swaps, backend)
+    return report
+
+
+def _twin(module: nn.Module, cls: type) -> nn.Module:
+    """An object of another class with the same attributes: the same dictionary, not a copy of it."""
+    twin: Any = cls.__new__(cls)
+    object.__setattr__(twin, "__dict__", module.__dict__)
+    return twin

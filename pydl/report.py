@@ -1,0 +1,151 @@
+"""What `pydl.replace` did: to read, to print and to undo."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+WIDTH = 80
+
+
+def class_name(cls: type) -> str:
+    """A class' name as users write it: `torch.nn.GELU`, `pydl.nn.GELU`, `some.module.Thing`."""
+    for prefix in ("torch.nn", "pydl.nn"):
+        if cls.__module__.startswith(prefix + ".") and "." not in cls.__qualname__:
+            return f"{prefix}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class Replaced(NamedTuple):
+    """A module that has a twin now: its path, both classes' names, and why that is right."""
+
+    path: str
+    old: str
+    new: str
+    reason: str
+
+
+class Skipped(NamedTuple):
+    """A module that was left alone although it is, or derives from, one with a twin."""
+
+    path: str
+    type: str
+    why: str
+
+
+class Swap(NamedTuple):
+    """A module, its twin, and the (parent, name) where it stands; the model itself has no parent."""
+
+    old: nn.Module
+    new: nn.Module
+    places: list[tuple[nn.Module | None, str]]
+
+
+def _put(parent: nn.Module, name: str, module: nn.Module) -> None:
+    # Not by setattr: a parent may have overridden it, and the module is registered already.
+    parent._modules[name] = module
+
+
+@dataclass
+class Report:
+    """What was replaced and skipped, iterable over what was replaced.
+
+    Attributes:
+        model: The model to use: the one given, or its twin where it was of a known type itself.
+        replaced: (path, old, new, reason) of each module that was swapped; the path of the model itself is "".
+        skipped: (path, type, why) of each module left alone that is, or derives from, a type with a twin.
+        notes: What else is to be known, such as a pattern that fits nothing.
+        dry_run: Nothing was changed.
+        undone: It was taken back.
+    """
+
+    model: nn.Module
+    replaced: list[Replaced] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    dry_run: bool = False
+    undone: bool = False
+    _swaps: list[Swap] = field(default_factory=list, repr=False)
+
+    def __iter__(self) -> Iterator[Replaced]:
+        return iter(self.replaced)
+
+    def __len__(self) -> int:
+        return len(self.replaced)
+
+    def apply(self, swaps: Iterable[Swap], backend: str | None = None) -> None:
+        """Puts the twins in place; after an error everything is as it was."""
+        try:
+            for swap in swaps:
+                self._swaps.append(swap)
+                if backend is not None:
+                    swap.new.backend = backend  # type: ignore[assignment]
+                for parent, name in swap.places:
+                    if parent is None:
+                        self.model = swap.new
+                    else:
+                        _put(parent, name, swap.new)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Puts the very modules back that were there before, wherever their twins stand in the model now.
+
+        A place that holds something else by now is left alone. A second call does nothing.
+        """
+        originals = {id(swap.new): swap.old for swap in self._swaps}
+        parents = [parent for swap in self._swaps for parent, _ in swap.places if parent is not None]
+        for parent in (*parents, *list(self.model.modules())):
+            for name, child in list(parent._modules.items()):
+                if id(child) in originals:
+                    _put(parent, name, originals[id(child)])
+        self.model = originals.get(id(self.model), self.model)
+        for swap in self._swaps:
+            vars(swap.old).pop("backend", None)
+        self._swaps.clear()
+        self.undone = not self.dry_run
+
+    def __str__(self) -> str:
+        modules = f"{len(self)} module{'s' if len(self) != 1 else ''}"
+        done = "would be replaced" if self.dry_run else "replaced (and undone)" if self.undone else "replaced"
+        already = sum(one.why.startswith("is pydl's already") for one in self.skipped)
+        head = f"pydl.replace: {modules} {done}, {len(self.skipped)} skipped"
+        if not self.replaced:
+            head = "pydl.replace: nothing to replace"
+            if already:
+                head += f": {already} module{'s are' if already > 1 else ' is'} pydl's already"
+        lines = [head]
+        pairs: dict[tuple[str, str], list[str]] = {}
+        for one in self.replaced:
+            shared = one.reason.partition("; ")[2]
+            path = (one.path or "(the model)") + (f" ({shared})" if shared else "")
+            pairs.setdefault((one.old, one.new), []).append(path)
+        lines += _table([(f"{old} -> {new}", paths) for (old, new), paths in pairs.items()])
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for left in self.skipped:
+            reasons.setdefault((left.type, left.why), []).append(left.path or "(the model)")
+        if reasons:
+            lines.append("left alone")
+            lines += _table([(f"{kind} {why}", paths) for (kind, why), paths in reasons.items()])
+        lines += [line for note in self.notes for line in textwrap.wrap(f"note: {note}", WIDTH)]
+        return "\n".join(lines)
+
+
+def _table(rows: list[tuple[str, list[str]]]) -> list[str]:
+    """A count and a title for each row, and below it its paths, the first few where there are many."""
+    lines = []
+    for title, paths in rows:
+        lines += textwrap.wrap(
+            title, WIDTH, initial_indent=f"{len(paths):>6}  ", subsequent_indent=" " * 8
+        )
+        few = paths if len(paths) <= 4 else [*paths[:3], f"... ({len(paths) - 3} more)"]
+        indent = " " * 12
+        lines += textwrap.wrap(
+            ", ".join(few), WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+    return lines

@@ -1,0 +1,92 @@
+"""Which ops, backends and dtypes the tests loop over, and what a run tells about what it left out."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+# Read at import by Triton and pydl: the interpreter stands in for a GPU, and the choice of a backend is the tests'.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+for variable in ("PYDL_BACKEND", "PYDL_CALIBRATION", "PYDL_POOL_BYTES"):
+    os.environ.pop(variable, None)
+
+import harness  # noqa: E402
+
+from pydl.table import TABLE, Op  # noqa: E402
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that names `op`, `inplace_op`, `dtype` or `backend` runs for every one there is."""
+    names = metafunc.fixturenames
+    if "op" in names and "dtype" in names:
+        pairs = [(op, dtype) for op in TABLE.values() for dtype in op.dtypes]
+        ids = [f"{op.name}-{str(dtype).removeprefix('torch.')}" for op, dtype in pairs]
+        metafunc.parametrize("op, dtype", pairs, ids=ids)
+    elif "op" in names:
+        metafunc.parametrize("op", TABLE.values(), ids=list(TABLE))
+    if "inplace_op" in names:
+        ops = [op for op in TABLE.values() if "inplace" in inspect.signature(op.function).parameters]
+        metafunc.parametrize("inplace_op", ops, ids=[op.name for op in ops])
+    if "backend" in names:
+        metafunc.parametrize("backend", harness.BACKENDS, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that can run here; else the test is skipped and says why."""
+    if reason := harness.missing(request.param):
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def cases(record_property: Callable[[str, object], None]) -> Callable[..., list]:
+    """`harness.cases`, with what it leaves out told at the end of the run."""
+
+    def draw(op: Op, backend: str, dtype: torch.dtype, share: float = 1.0) -> list:
+        kept, dropped, most = harness.cases(op, backend, dtype, share)
+        if dropped:
+            record_property("thinned", f"{harness.kind(backend)}: calls of more than {most} elements")
+            record_property("thinned_count", dropped)
+        return kept
+
+    return draw
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """No test changes the number of threads for the next."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says plainly what the run did not test, and why."""
+    skipped: Counter[str] = Counter()
+    thinned: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "outcome", "") == "skipped" and isinstance(report.longrepr, tuple):
+                skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
+            given = dict(getattr(report, "user_properties", ()))
+            if "thinned" in given and report.when == "call":
+                thinned[given["thinned"]] += given["thinned_count"]
+    lines = []
+    if not torch.cuda.is_available():
+        lines.append("no GPU: cuda runs emulated on the CPU, triton in its interpreter")
+    if shutil.which("nvcc") is None:
+        lines.append("no nvcc on the path: no CUDA kernel is compiled for a GPU")
+    lines += [f"{count} skipped: {reason}" for reason, count in sorted(skipped.items())]
+    lines += [f"{count} samples left out: {what}" for what, count in sorted(thinned.items())]
+    if lines:
+        terminalreporter.section("not tested here")
+        for line in lines:
+            terminalreporter.write_line(line)

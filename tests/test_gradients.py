@@ -1,0 +1,275 @@
+"""First, second and third derivatives, gradient penalties, in-place calls, and what is saved for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import harness
+import pytest
+import torch
+
+from pydl import functional
+from pydl.table import Case, Op
+
+# What backward may save, beyond which nothing: the input and the parameter, or only the output.
+SAVES_OUTPUT = ("sigmoid", "tanh", "relu", "leaky_relu")
+
+
+def _checked(check: Callable, op: Op, backend: str, case: Case, fast: bool, **options: object) -> str:
+    """What gradcheck has against a call; empty for nothing."""
+
+    def call(*given: torch.Tensor) -> torch.Tensor:
+        return op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
+
+    try:
+        check(call, harness.leaves(case), fast_mode=fast, **options)
+    except Exception as error:
+        return f"{case.label}: {type(error).__name__}: {str(error)[:300]}"
+    return ""
+
+
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_gradcheck(op: Op, backend: str, check: Callable) -> None:
+    """Derivatives equal differences in fp64, of forward and of backward."""
+    if torch.float64 not in op.dtypes or not _takes(op, backend, torch.float64):
+        pytest.skip(f"backend {backend} has no fp64")
+    complaints, seen = [], 0
+    options = {} if harness.kind(backend) == "cpu" else {"nondet_tol": 0.0}
+    for case in op.cases(torch.float64, harness.device(backend)):
+        slow = harness.moderate(case, 24)
+        if slow or harness.moderate(case, 3000):
+            seen += 1
+            complaints += [c] if (c := _checked(check, op, backend, case, not slow, **options)) else []
+    assert seen > 3
+    assert not complaints, harness.summary(complaints)
+
+
+def _takes(op: Op, backend: str, dtype: torch.dtype) -> bool:
+    case = op.cases(dtype, harness.device(backend))[0]
+    try:
+        op.function(*case.args, backend=backend, **case.kwargs)
+    except RuntimeError as error:
+        assert "dtype" in str(error)  # noqa: PT017
+        return False
+    return True
+
+
+def _penalty(function: Callable, case: Case) -> list[torch.Tensor]:
+    """Gradients of the squared distance from 1 of the input gradient's norm, as a WGAN's critic is trained."""
+    given = harness.leaves(case)
+    weight = torch.linspace(-1, 1, case.args[0].shape[-1], dtype=given[0].dtype, device=given[0].device)
+    weight.requires_grad_()
+    score = function(*harness.bind(case, given), **case.kwargs) * weight
+    (slope,) = torch.autograd.grad(score.sum(), given[:1], create_graph=True)
+    penalty = ((slope.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+    grads = torch.autograd.grad(penalty + score.mean(), [*given, weight], allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip([*given, weight], grads, strict=True)]
+
+
+def test_gradient_penalty(op: Op, dtype: torch.dtype, backend: str) -> None:
+    """A loss on the norm of a gradient trains as it does with torch."""
+    if not _takes(op, backend, dtype):
+        pytest.skip(f"backend {backend} has no {dtype}")
+    complaints = []
+    for case in op.cases(dtype, harness.device(backend)):
+        if case.args[0].dim() < 2 or not harness.moderate(case, 3000) or not case.args[0].numel():
+            continue
+        got = _penalty(harness.on(op, backend), case)
+        native = _penalty(op.native, case)
+        wanted = _penalty(op.reference, case.to(torch.float64))
+        for i, (a, b, c) in enumerate(zip(got, wanted, native, strict=True)):
+            terms = case.args[0].numel() / max(1, a.numel())
+            complaints += harness.judged(f"{case.label}: gradient {i}", a, b, c, terms)
+    assert not complaints, harness.summary(complaints)
+
+
+def _three_times(function: Callable, case: Case) -> list[torch.Tensor]:
+    """The gradients of a loss of gradients of a loss of gradients, where everything depends on everything."""
+    given = harness.leaves(case)
+    x, *parameters = given
+    shared = [x, *(p * (1 + 0.1 * x.mean()) for p in parameters)]
+    value = function(*harness.bind(case, shared), **case.kwargs).square().sum()
+    found = []
+    for _ in range(3):
+        grads = torch.autograd.grad(value, given, create_graph=True, allow_unused=True)
+        grads = [torch.zeros_like(t) if g is None else g for t, g in zip(given, grads, strict=True)]
+        found += [g.detach() for g in grads]
+        value = sum(g.square().mean() for g in grads)
+    return found
+
+
+def test_third_derivative(op: Op, backend: str) -> None:
+    """Backward of backward of backward equals torch's, also where the incoming gradient depends on the input."""
+    if not _takes(op, backend, torch.float64):
+        pytest.skip(f"backend {backend} has no fp64")
+    complaints = []
+    for case in op.cases(torch.float64, harness.device(backend)):
+        if not harness.moderate(case, 600) or not case.args[0].numel():
+            continue
+        got, wanted = _three_times(harness.on(op, backend), case), _three_times(op.native, case)
+        for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            if not torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max())):
+                order, which = 1 + i // len(case.tensors()), i % len(case.tensors())
+                error = float((a - b).abs().max() / b.abs().max())
+                complaints.append(f"{case.label}: derivative {order} by {which}: off by {error:.1e}")
+    assert not complaints, harness.summary(complaints)
+
+
+def _inplace(function: Callable, case: Case, **options: object) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(output, gradient, how the version of what was overwritten grew) of an in-place call inside a graph."""
+    (leaf,) = harness.leaves(case)
+    x = torch.empty_like(leaf).copy_(leaf) if leaf.dim() else leaf * 1
+    before = x._version
+    out = function(*harness.bind(case, [x]), inplace=True, **case.kwargs, **options)
+    assert out is x or out.data_ptr() == x.data_ptr()
+    grown = x._version - before
+    (grad,) = torch.autograd.grad(out * 3, leaf, harness.upstream(out.detach(), out.dtype))
+    return out.detach(), grad, grown
+
+
+def test_inplace(inplace_op: Op, backend: str) -> None:
+    """`inplace=True` gives what the call without it gives, in the memory of its input, and bumps its version."""
+    complaints = []
+    for case in inplace_op.cases(torch.float32, harness.device(backend)):
+        if len(case.tensors()) != 1:
+            continue
+        out, grad, grown = _inplace(inplace_op.function, case, backend=backend)
+
+        def plain(x: torch.Tensor, case: Case = case) -> torch.Tensor:
+            return inplace_op.function(x, *case.args[1:], backend=backend, **case.kwargs)
+
+        (leaf,) = harness.leaves(case)
+        wanted = plain(leaf)
+        dy = harness.upstream(wanted.detach(), wanted.dtype)
+        (wanted_grad,) = torch.autograd.grad(wanted * 3, leaf, dy)
+        if not harness.same_bits(out, wanted):
+            complaints.append(f"{case.label}: other values")
+        if not torch.equal(grad.nan_to_num(7.0), wanted_grad.nan_to_num(7.0)):
+            complaints.append(f"{case.label}: other gradients")
+        if grown < 1:
+            complaints.append(f"{case.label}: the version did not grow")
+    assert not complaints, harness.summary(complaints)
+
+
+def test_inplace_without_gradient(inplace_op: Op, backend: str) -> None:
+    """In place without a graph: same bits, a version more; under inference_mode too."""
+    x = torch.randn(3, 50, device=harness.device(backend))
+    wanted = inplace_op.function(x, backend=backend)
+    for make in (torch.Tensor.clone, lambda t: t.t().clone().t(), lambda t: t.repeat(1, 2)[:, :50]):
+        for mode in (torch.enable_grad(), torch.no_grad()):
+            with mode:
+                y = make(x)
+                before = y._version
+                assert inplace_op.function(y, inplace=True, backend=backend) is y
+            assert torch.equal(y, wanted) and y._version > before
+    with torch.inference_mode():
+        y = x.clone()
+        assert inplace_op.function(y, inplace=True, backend=backend) is y
+    assert torch.equal(y, wanted)
+
+
+def test_inplace_is_refused(inplace_op: Op, backend: str) -> None:
+    """Overwriting a leaf that requires grad, or shared memory, is an error as in torch, and changes nothing."""
+    leaf = torch.randn(50, device=harness.device(backend), requires_grad=True)
+    before = leaf.detach().clone()
+    with pytest.raises(RuntimeError, match="leaf"):
+        inplace_op.function(leaf, inplace=True, backend=backend)
+    assert torch.equal(leaf, before)
+    with pytest.raises(RuntimeError, match="leaf"):
+        inplace_op.function(leaf.view(5, 10), inplace=True, backend=backend)
+    assert torch.equal(leaf, before)
+    shared = before[:1].expand(50)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        inplace_op.function(shared, inplace=True, backend=backend)
+
+
+def test_inplace_in_a_graph(inplace_op: Op, backend: str) -> None:
+    """What a view's in-place call changes, and what it spoils, autograd knows."""
+    w = torch.randn(6, 8, device=harness.device(backend), requires_grad=True)
+
+    def through(view: Callable, function: Callable, **options: object) -> torch.Tensor:
+        base = w * 1.5
+        function(view(base), inplace=True, **options)
+        return torch.autograd.grad((base * base).sum(), w)[0]
+
+    for view in (lambda t: t, lambda t: t.view(-1)[:24], lambda t: t[:, 1::2], torch.t):
+        got = through(view, inplace_op.function, backend=backend)
+        torch.testing.assert_close(got, through(view, inplace_op.native))
+    y = torch.exp(w)
+    inplace_op.function(y, inplace=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_inplace_double_backward(inplace_op: Op, backend: str) -> None:
+    """A gradient penalty through an in-place call equals torch's."""
+    w = torch.randn(6, 8, device=harness.device(backend), dtype=torch.float32, requires_grad=True)
+
+    def penalty(function: Callable, **options: object) -> torch.Tensor:
+        out = function(w * 1.5, inplace=True, **options)
+        (slope,) = torch.autograd.grad((out**2).sum(), w, create_graph=True)
+        return torch.autograd.grad((slope**2).sum(), w)[0]
+
+    torch.testing.assert_close(penalty(inplace_op.function, backend=backend), penalty(inplace_op.native))
+
+
+def test_needs_input_grad(op: Op, backend: str) -> None:
+    """Each tensor alone can require grad: it gets the same gradient, and the others none."""
+    complaints = []
+    for case in op.cases(torch.float32, harness.device(backend)):
+        if not harness.moderate(case, 6000) or len(case.tensors()) < 2:
+            continue
+        everything = harness.run(harness.on(op, backend), case, torch.float32)[1:]
+        for i, wanted in enumerate(everything):
+            given = [t.detach().requires_grad_(k == i) for k, t in enumerate(case.tensors())]
+            out = op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
+            out.backward(harness.upstream(out.detach(), torch.float32))
+            if any(t.grad is not None for k, t in enumerate(given) if k != i):
+                complaints.append(f"{case.label}: a gradient that was not asked for")
+            if not harness.same_bits(given[i].grad, wanted):
+                complaints.append(f"{case.label}: gradient {i} alone differs")
+    assert not complaints, harness.summary(complaints)
+
+
+def test_saved_bytes(op: Op, backend: str, cases: Callable[..., list]) -> None:
+    """Backward saves the arguments and no copy of them, or the output alone; never an intermediate."""
+    complaints = []
+    for case in cases(op, backend, torch.float32):
+        saved: list[torch.Tensor] = []
+        given = harness.leaves(case)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):  # noqa: B023
+            out = op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
+        held = {t.untyped_storage().data_ptr(): t for t in [*given, *case.kwargs.values()]
+                if isinstance(t, torch.Tensor)}  # fmt: skip
+        wanted = sum(t.numel() for t in given)
+        if op.name in SAVES_OUTPUT and not any(isinstance(a, float) and a < 0 for a in case.args):
+            held = {out.untyped_storage().data_ptr(): out}
+            wanted = out.numel()
+        foreign = [t for t in saved if t.numel() and t.untyped_storage().data_ptr() not in held]
+        floats = sum(t.numel() for t in saved if t.is_floating_point())
+        if foreign or floats > wanted:
+            shapes = [tuple(t.shape) for t in saved]
+            complaints.append(f"{case.label}: saves {shapes}, {len(foreign)} of its own")
+    assert not complaints, harness.summary(complaints)
+
+
+def test_expanded_upstream(op: Op, backend: str, cases: Callable[..., list]) -> None:
+    """The gradient of a sum, which comes with strides of 0, gives the bits of one written out."""
+    complaints = []
+    for case in cases(op, backend, torch.float32):
+        given = harness.leaves(case)
+        out = op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
+        ones = torch.autograd.grad(out, given, torch.ones_like(out), retain_graph=True)
+        sums = torch.autograd.grad(out.sum(), given)
+        if not all(map(harness.same_bits, ones, sums)):
+            complaints.append(case.label)
+    assert not complaints, harness.summary(complaints)
+
+
+def test_swish_has_no_gradient_for_a_number() -> None:
+    """A number as beta is a constant, a tensor is learnt."""
+    x = torch.randn(9, requires_grad=True)
+    beta = torch.tensor(1.5, requires_grad=True)
+    functional.swish(x, beta, backend="cpu").sum().backward()
+    assert beta.grad is not None and beta.grad.shape == ()
+    assert torch.equal(functional.swish(x, 1.5, backend="cpu"), functional.swish(x, beta, backend="cpu"))

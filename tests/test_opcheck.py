@@ -1,0 +1,92 @@
+"""Every exported operator is a good citizen of torch.library."""
+
+from __future__ import annotations
+
+import harness
+import pytest
+import torch
+
+from pydl.table import Case, Op
+
+
+def _recorded(op: Op, backend: str, case: Case, dtype: torch.dtype) -> list[tuple]:
+    recorder = harness.Recorder()
+    with harness.intercepted(recorder):
+        harness.run(harness.on(op, backend), case, dtype)
+    return recorder.calls
+
+
+def _small(op: Op, backend: str) -> list[Case]:
+    """A sample for every set of further arguments, number of tensors and layout; the smallest of each."""
+    chosen: dict[object, Case] = {}
+    for case in op.cases(torch.float32, harness.device(backend)):
+        x = case.args[0]
+        further = [a for a in case.args if not isinstance(a, torch.Tensor)]
+        key = (repr(further), len(case.tensors()), x.numel() == 0, x.is_contiguous(), *case.kwargs)
+        if key not in chosen or x.numel() < chosen[key].args[0].numel():
+            chosen[key] = case
+    return list(chosen.values())
+
+
+def test_opcheck(op: Op, backend: str) -> None:
+    """Schema, fake kernel, autograd registration and tracing hold, for the arguments that the op really passes."""
+    complaints, seen = [], set()
+    for case in _small(op, backend):
+        for kernel, args in _recorded(op, backend, case, torch.float32):
+            found = torch.library.opcheck(kernel, args, raise_exception=False)
+            complaints += [
+                f"{kernel}, {case.label}: {test}: {str(result)[:300]}"
+                for test, result in found.items() if result != "SUCCESS"
+            ]  # fmt: skip
+            seen.add(str(kernel))
+    assert any("fwd" in name for name in seen) and any("bwd" in name for name in seen)
+    assert not complaints, harness.summary(complaints)
+
+
+def test_every_operator_is_reached(backend: str) -> None:
+    """No operator is exported that no op of the table calls."""
+    from pydl._native import C
+    from pydl.table import TABLE
+
+    recorder = harness.Recorder()
+    with harness.intercepted(recorder):
+        for op in TABLE.values():
+            for case in op.cases(torch.float32, harness.device(backend)):
+                if harness.elements(case) < 6000:
+                    harness.run(harness.on(op, backend), case, torch.float32)
+    reached = {str(kernel) for kernel, _ in recorder.calls}
+    if backend == "cpu" or (backend == "cuda" and harness.real_cuda()):
+        exported = {f"pydl_{b}.{name}.default" for b, name, *_ in C.entries() if b == backend}
+        assert reached == exported
+    else:
+        assert {name.split(".")[1] for name in reached} == {
+            name for b, name, *_ in C.entries() if b == "cpu"
+        }
+
+
+def test_schemas_say_what_is_written(backend: str) -> None:
+    """Outputs come first, are marked as written, and nothing is returned."""
+    from pydl._native import C
+
+    packets = getattr(torch.ops, f"pydl_{backend}")
+    for _, name, *_ in C.entries():
+        operator = getattr(packets, name).default
+        written = harness.outputs(operator)
+        assert written[0] and sorted(written, reverse=True) == written, operator._schema
+        assert not operator._schema.returns
+
+
+@pytest.mark.parametrize("fault", ["dtype", "shape", "device"])
+def test_an_operator_refuses(op: Op, backend: str, fault: str) -> None:
+    """What does not fit is refused with the argument's or the op's name, before a kernel reads past an end."""
+    case = next(c for c in _small(op, backend) if c.args[0].dim() == 2 or op.family == "activation")
+    for kernel, args in _recorded(op, backend, case, torch.float32):
+        at = max(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dtype == torch.float32)
+        broken = {
+            "dtype": lambda t: t.to(torch.complex64),
+            "shape": lambda t: t.new_empty([n + 1 for n in t.shape] or [2]),
+            "device": lambda t: t.to("meta"),
+        }[fault]
+        given = [broken(a) if i == at else a for i, a in enumerate(args)]
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"pydl|Meta|meta"):
+            kernel(*given)

@@ -1,0 +1,170 @@
+"""torch.func and forward-mode differentiation: as torch's, op by op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import harness
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from pydl.table import Case, Op
+
+Transform = Callable[..., torch.Tensor]
+
+
+def _calls(op: Op, backend: str, dtype: torch.dtype = torch.float32, most: int = 400) -> list[Case]:
+    """Small samples of the row: of every number of dimensions, every argument's variants, each layout."""
+    return [
+        case for case in op.cases(dtype, harness.device(backend))
+        if harness.moderate(case, most) and case.args[0].numel()
+    ]  # fmt: skip
+
+
+def _function(function: Callable, case: Case, **options: object) -> Callable[..., torch.Tensor]:
+    """The call as a function of its tensors."""
+    return lambda *given: function(*harness.bind(case, given), **case.kwargs, **options)
+
+
+def _compared(op: Op, backend: str, transform: Callable, most: int = 400) -> list[str]:
+    """Complaints where `transform(function, case)` of the op is not that of the definition in fp64."""
+    complaints = []
+    for case in _calls(op, backend, most=most):
+        try:
+            got = transform(_function(op.function, case, backend=backend), case)
+        except Exception as error:
+            complaints.append(f"{case.label}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        wide = case.to(torch.float64)
+        wanted, native = transform(_function(op.reference, wide), wide), transform(_function(op.native, case), case)
+        for i, (a, b, c) in enumerate(zip(got, wanted, native, strict=True)):
+            terms = case.args[0].numel()
+            complaints += harness.judged(f"{case.label}: result {i}", a, b, c, terms)
+    return complaints
+
+
+def _batches(case: Case, size: int = 3) -> list[torch.Tensor]:
+    return [torch.stack([t * (1 + 0.25 * i) for i in range(size)]) for t in case.tensors()]
+
+
+def _vmap(function: Callable, case: Case) -> list[torch.Tensor]:
+    every = _batches(case)
+    found = [torch.func.vmap(function)(*every)]
+    # A batch of the first alone, along its last dimension; and of the others alone.
+    moved = every[0].movedim(0, -1)
+    rest = case.tensors()[1:]
+    found.append(torch.func.vmap(function, (-1, *(None for _ in rest)))(moved, *rest))
+    if rest:
+        dims = (None, *(0 for _ in rest))
+        found.append(torch.func.vmap(function, dims)(case.args[0], *every[1:]))
+    return found
+
+
+def test_vmap(op: Op, backend: str) -> None:
+    """A batch of calls is the calls of a batch, whichever arguments have it."""
+    assert not (found := _compared(op, backend, _vmap)), harness.summary(found)
+
+
+def test_vmap_equals_a_loop(op: Op) -> None:
+    """vmap gives the bits of a loop."""
+    for case in _calls(op, "cpu"):
+        function = _function(op.function, case, backend="cpu")
+        every = _batches(case)
+        loop = torch.stack([function(*one) for one in zip(*every, strict=True)])
+        assert harness.same_bits(torch.func.vmap(function)(*every), loop), case.label
+
+
+def _grads(function: Callable, case: Case) -> list[torch.Tensor]:
+    every = tuple(range(len(case.tensors())))
+    loss = lambda *given: function(*given).square().sum()  # noqa: E731
+    return [*torch.func.grad(loss, argnums=every)(*case.tensors())]
+
+
+def test_grad(op: Op, backend: str) -> None:
+    """torch.func.grad by every tensor."""
+    assert not (found := _compared(op, backend, _grads)), harness.summary(found)
+
+
+def _per_sample(function: Callable, case: Case) -> list[torch.Tensor]:
+    every = tuple(range(len(case.tensors())))
+    loss = lambda *given: function(*given).square().sum()  # noqa: E731
+    return [*torch.func.vmap(torch.func.grad(loss, argnums=every))(*_batches(case))]
+
+
+def test_per_sample_gradients(op: Op, backend: str) -> None:
+    """vmap of grad, as differential privacy uses it."""
+    assert not (found := _compared(op, backend, _per_sample)), harness.summary(found)
+
+
+def _jacobian(which: Callable) -> Callable:
+    def transform(function: Callable, case: Case) -> list[torch.Tensor]:
+        every = tuple(range(len(case.tensors())))
+        return [*which(function, argnums=every)(*case.tensors())]
+
+    return transform
+
+
+@pytest.mark.parametrize("which", [torch.func.jacrev, torch.func.jacfwd])
+def test_jacobians(op: Op, backend: str, which: Callable) -> None:
+    """Jacobians by rows and by columns."""
+    found = _compared(op, backend, _jacobian(which), most=40)
+    assert not found, harness.summary(found)
+
+
+def _hessian(function: Callable, case: Case) -> list[torch.Tensor]:
+    every = tuple(range(len(case.tensors())))
+    loss = lambda *given: function(*given).square().sum()  # noqa: E731
+    rows = torch.func.hessian(loss, argnums=every)(*case.tensors())
+    return [block for row in rows for block in row]
+
+
+def test_hessian(op: Op, backend: str) -> None:
+    """Forward over reverse."""
+    found = _compared(op, backend, _hessian, most=40)
+    assert not found, harness.summary(found)
+
+
+def _pushed(function: Callable, case: Case) -> list[torch.Tensor]:
+    tangents = tuple(torch.cos(t) for t in case.tensors())
+    return [*torch.func.jvp(function, tuple(case.tensors()), tangents)]
+
+
+def test_jvp(op: Op, backend: str) -> None:
+    """A value and its directional derivative."""
+    assert not (found := _compared(op, backend, _pushed)), harness.summary(found)
+
+
+def _dual(function: Callable, case: Case) -> list[torch.Tensor]:
+    """Tangents of all tensors, then of each alone."""
+    found = []
+    tensors = case.tensors()
+    for chosen in (range(len(tensors)), *([i] for i in range(len(tensors)))):
+        with forward_ad.dual_level():
+            given = [
+                forward_ad.make_dual(t, torch.cos(t)) if i in chosen else t for i, t in enumerate(tensors)
+            ]
+            value, tangent = forward_ad.unpack_dual(function(*given))
+            found += [value, tangent]
+    return found
+
+
+def test_dual_numbers(op: Op, backend: str) -> None:
+    """Forward-mode differentiation without functorch."""
+    assert not (found := _compared(op, backend, _dual)), harness.summary(found)
+
+
+def test_dual_numbers_with_a_graph(op: Op, backend: str) -> None:
+    """Backward still works where tangents are carried as well."""
+    for case in _calls(op, backend, most=100):
+        wanted = harness.run(harness.on(op, backend), case, torch.float32)
+        with forward_ad.dual_level():
+            given = harness.leaves(case)
+            duals = [forward_ad.make_dual(t, torch.cos(t)) for t in given]
+            out = op.function(*harness.bind(case, duals), backend=backend, **case.kwargs)
+            primal, tangent = forward_ad.unpack_dual(out)
+            assert tangent is not None
+            dy = harness.upstream(primal.detach(), torch.float32)
+            grads = torch.autograd.grad(primal, given, dy)
+        for a, b in zip([primal.detach(), *grads], wanted, strict=True):
+            torch.testing.assert_close(a, b)

@@ -1,0 +1,131 @@
+"""Every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, with no GPU: full registers' worth of
+bytes per access where the data is aligned, and no spills."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+CAPABILITIES = (80, 90, 100)
+
+# Name -> (module, kernel, pointers, fp64 pointers, integers, floats, constants). Pointers but the fp64 and `seed` are
+# of the dtype under test.
+_ACTS = (1, 2, 5, 7, 8, 11)
+KERNELS = {
+    **{f"unary_fwd {a}": ("activation", "unary_fwd_kernel", {"ACT": a, "BLOCK": 1024}) for a in _ACTS},
+    **{f"unary_bwd {a}": ("activation", "unary_bwd_kernel", {"ACT": a, "BLOCK": 1024}) for a in _ACTS},
+    "learnt_fwd": ("activation", "learnt_fwd_kernel", {"SWISH": True, "BLOCK": 1024}),
+    "learnt_columns": ("activation", "learnt_columns_kernel", {"SWISH": True, "ROWS": 16, "COLUMNS": 64}),
+    "learnt_rows": ("activation", "learnt_rows_kernel", {"SWISH": False, "BLOCK": 1024}),
+    "bias_fwd": ("bias_act", "fwd_kernel", {"ACT": 7, "DROPOUT": False, "BLOCK": 1024}),
+    "bias_fwd dropout": ("bias_act", "fwd_kernel", {"ACT": 7, "DROPOUT": True, "BLOCK": 1024}),
+    "bias_bwd columns": (
+        "bias_act",
+        "bwd_kernel",
+        {"ACT": 7, "DROPOUT": True, "COLUMNS_FIRST": True, "ROWS": 16, "COLUMNS": 64},
+    ),
+    "bias_bwd rows": (
+        "bias_act",
+        "bwd_kernel",
+        {"ACT": 11, "DROPOUT": False, "COLUMNS_FIRST": False, "ROWS": 1, "COLUMNS": 1024},
+    ),
+    "gated_fwd": ("gated_act", "fwd_kernel", {"ACT": 9, "BLOCK": 1024}),
+    "gated_bwd": ("gated_act", "bwd_kernel", {"ACT": 7, "BLOCK": 1024}),
+    "add_partials": ("common", "add_partials_kernel", {"BLOCK": 32}),
+}
+_FLOATS = {"p", "scale"}
+_COUNTS = {"n", "rows", "outer", "channels", "inner", "pieces", "outer_pieces", "inner_pieces", "limit"}
+
+# Run in a process of its own: the interpreter, which other tests use, replaces the compiler.
+_SCRIPT = """
+import importlib, json, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+jobs = json.load(sys.stdin)
+for label, module, name, signature, constants, capability, out in jobs:
+    kernel = getattr(importlib.import_module(f"pydl.kernels.{module}"), name)
+    # Pointers and the first count are multiples of 16, as they are for whole tensors.
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (arg, kind) in enumerate(signature.items())
+        if kind.startswith("*") or arg == "n"
+    }
+    source = ASTSource(kernel, signature, constants, attributes)
+    made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    open(out, "wb").write(made.asm["cubin"])
+    open(out + ".ptx", "w").write(made.asm["ptx"])
+"""
+
+
+def _signature(module: str, name: str, dtype: str, constants: dict) -> dict[str, str]:
+    text = (Path(__file__).parents[1] / "kernels" / f"{module}.py").read_text()
+    found = re.search(rf"def {name}\((.*?)\):", text, re.S)
+    assert found, name
+    arguments = [a.split(":")[0].strip() for a in found.group(1).replace("\n", " ").split(",") if a.strip()]
+    kinds = {}
+    for argument in arguments:
+        if argument in constants:
+            kinds[argument] = "constexpr"
+        elif argument in _FLOATS:
+            kinds[argument] = "fp32"
+        elif argument in _COUNTS:
+            kinds[argument] = "i64" if argument in ("n", "limit") else "i32"
+        else:
+            kinds[argument] = {"partials": "*fp64", "seed": "*i64"}.get(argument, f"*{dtype}")
+    return kinds
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Path]:
+    import json
+
+    folder = tmp_path_factory.mktemp("cubins")
+    jobs, made = [], {}
+    for label, (module, name, constants) in KERNELS.items():
+        for dtype in ("fp32", "bf16"):
+            for capability in CAPABILITIES:
+                out = folder / f"{label.replace(' ', '_')}.{dtype}.{capability}.cubin"
+                made[label, dtype, capability] = out
+                jobs.append(
+                    (label, module, name, _signature(module, name, dtype, constants), constants, capability, str(out))
+                )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], input=json.dumps(jobs), capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return made
+
+
+def test_compiles(cubins: dict[tuple[str, str, int], Path]) -> None:
+    assert all(path.stat().st_size > 0 for path in cubins.values())
+
+
+def test_no_spills(cubins: dict[tuple[str, str, int], Path]) -> None:
+    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    bad = []
+    for key, path in cubins.items():
+        text = subprocess.run([dump, "--dump-resource-usage", path], capture_output=True, text=True).stdout
+        used = re.search(r"REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", text)
+        assert used, text
+        if used.group(1) != "0" or used.group(2) != "0":
+            bad.append((key, used.group(0)))
+    assert not bad
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_accesses_are_wide(cubins: dict[tuple[str, str, int], Path], dtype: str, capability: int) -> None:
+    for label in ("unary_fwd 7", "unary_bwd 7", "gated_fwd", "gated_bwd"):
+        ptx = Path(f"{cubins[label, dtype, capability]}.ptx").read_text()
+        # 1024 elements over 128 threads: 16 bytes a thread in bf16, twice that in fp32.
+        assert re.search(r"ld\.global\S*\.v4\.b32", ptx), label
+        assert re.search(r"st\.global\S*\.v4\.b32", ptx), label
+        assert not re.search(r"(ld|st)\.global\S*\.b16", ptx), label
