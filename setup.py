@@ -116,12 +116,12 @@ class Build(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
 
-        includes = [f"-I{CSRC}", f"-isystem {sysconfig.get_paths()['include']}"]
+        includes = [f"-isystem {sysconfig.get_paths()['include']}"]
         includes += [f"-isystem {path}" for path in cpp_extension.include_paths()]
         abi = int(torch.compiled_with_cxx11_abi())
         common = f"-std=c++20 -fPIC -Wall -Wextra -Wno-psabi -Wno-unused-parameter -D_GLIBCXX_USE_CXX11_ABI={abi}"
         host = f"-O2 {common} -DTORCH_EXTENSION_NAME=_C " + " ".join(includes)
-        kernel = f"-O2 {common} -ffp-contract=fast -fno-math-errno -fno-trapping-math -I{CSRC}"
+        kernel = f"-O2 {common} -ffp-contract=fast -fno-math-errno -fno-trapping-math"
         if nvcc:
             toolkit = Path(nvcc).resolve().parent.parent
             host += f" -DPYDL_CUDA -isystem {toolkit / 'include'}"
@@ -153,7 +153,7 @@ class Build(build_ext):
             "ninja_required_version = 1.5",
             f"rule cxx\n  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule nvcc\n  command = {nvcc} -std=c++20 -O3 -Xcompiler -fPIC --expt-relaxed-constexpr "
-            f"--expt-extended-lambda -Werror all-warnings -I{CSRC} $flags -MMD -MF $out.d -c $in -o $out\n"
+            f"--expt-extended-lambda -Werror all-warnings $flags -MMD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {compiler} -shared $in {' '.join(link)} -o $out",
         ]

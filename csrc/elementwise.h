@@ -37,7 +37,7 @@ __attribute__((noinline)) void map_run(const void* functor, void* const* outs, c
     if (block) {
       for (; i + kBlock <= n; i += kBlock) {
         V y[kOut][kBlock / kWidth];
-#pragma GCC unroll 1
+#pragma GCC unroll 2
         for (int r = 0; r < kBlock / kWidth; ++r) {
           V x[kIn], one[kOut];
           for (int k = 0; k < kIn; ++k) x[k] = load(in[k] + i + r * kWidth);

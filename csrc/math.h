@@ -1,5 +1,5 @@
 // The scalar formulas, each written once for CUDA threads and for CPU vectors: V is float, double or a
-// register of floats. An activation has
+// register of floats.  An activation has
 //   forward(x)           the value,
 //   backward(dy, s)      dy * f'(x), where s is what was saved: x, or the value where kSavesOutput.
 // Parameters are doubles, narrowed at use. One exponential and one reciprocal an element at most.
@@ -38,10 +38,9 @@ PYDL_HD V at_least(V x, double bound) {
   const V b = splat<V>(bound);
   return x < b ? b : x;
 }
-template <class V>
-PYDL_HD V magnitude(V x) {
-  return x < splat<V>(0) ? -x : x;
-}
+PYDL_HD float magnitude(float x) { return fabsf(x); }
+PYDL_HD double magnitude(double x) { return fabs(x); }
+PYDL_HD float with_sign_of(float size, float x) { return copysignf(size, x); }
 
 template <class V>
 struct Logistic {
@@ -62,9 +61,8 @@ PYDL_HD V logistic(V x) {
 
 template <class V>
 PYDL_HD V hyperbolic_tangent(V x) {
-  const V e = exponential_minus_one(at_most(magnitude(x) * splat<V>(2), 40));
-  const V t = e * reciprocal(e + splat<V>(2));
-  return x < splat<V>(0) ? -t : t;
+  const V e = exponential_minus_one(at_most(magnitude(x), 20) * splat<V>(2));
+  return with_sign_of(e * reciprocal(e + splat<V>(2)), x);
 }
 PYDL_HD double hyperbolic_tangent(double x) { return tanh(x); }
 
@@ -76,8 +74,8 @@ struct Normal {
 // of Abramowitz and Stegun 26.2.17; P is a minimax fit of degree 8 on a <= 14.5, relative error 6.1e-8.
 template <class V>
 PYDL_HD Normal<V> normal(V x) {
-  const V a = at_most(magnitude(x), 16);
-  const V e = exponential(a * a * splat<V>(-0.5));
+  const V a = at_most(magnitude(x), 14.4);
+  const V e = exponential(a * (a * splat<V>(-0.5)));
   const V t = reciprocal(splat<V>(1) + a * splat<V>(0.33));
   V p = splat<V>(-0.02044235584410105);
   p = p * t + splat<V>(0.12134815845230064);

@@ -46,15 +46,36 @@ PYDL_HD void store(float* p, vfloat x) { *reinterpret_cast<vfloat_any*>(p) = x; 
 PYDL_HD double load(const double* p) { return *p; }
 PYDL_HD void store(double* p, double x) { *p = x; }
 
+// GCC 12 takes conversions between vectors of different widths apart lane by lane; these are one instruction
+// or two.
+PYDL_HD vuint widen(vshort x) {
+#if PYDL_LEVEL == 2
+  return (vuint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);
+#elif PYDL_LEVEL == 1
+  return (vuint)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, vuint);
+#endif
+}
+PYDL_HD vshort narrow(vuint x) {
+#if PYDL_LEVEL == 2
+  return (vshort)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x);
+#elif PYDL_LEVEL == 1
+  const __m256i pairs = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (vshort)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+  return __builtin_convertvector(x, vshort);
+#endif
+}
+
 PYDL_HD vfloat load(const bfloat16* p) {
-  const vshort bits = *reinterpret_cast<const vshort_any*>(p);
-  return (vfloat)(__builtin_convertvector(bits, vuint) << 16);
+  return (vfloat)(widen(*reinterpret_cast<const vshort_any*>(p)) << 16);
 }
 PYDL_HD vshort round_bf16(vfloat x) {
   const vuint bits = (vuint)x;
   const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vuint nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((vuint)(x != x ? (vint)nan : (vint)rounded), vshort);
+  return narrow((vuint)(x != x ? (vint)nan : (vint)rounded));
 }
 PYDL_HD void store(bfloat16* p, vfloat x) { *reinterpret_cast<vshort_any*>(p) = round_bf16(x); }
 
@@ -188,7 +209,33 @@ PYDL_HD vfloat reciprocal(vfloat d) {
 #endif
 }
 
-// x in units of ln 2: x = n ln 2 + r with |r| <= ln 2 / 2; `n` comes as a float and as an integer.
+// NaN passes through: the instructions return their second operand where one is NaN.
+PYDL_HD vfloat at_most(vfloat x, double bound) {
+  const vfloat b = splat<vfloat>(bound);
+#if PYDL_LEVEL == 2
+  return (vfloat)_mm512_maskz_min_ps(0xffff, (__m512)b, (__m512)x);
+#elif PYDL_LEVEL == 1
+  return (vfloat)_mm256_min_ps((__m256)b, (__m256)x);
+#else
+  return x > b ? b : x;
+#endif
+}
+PYDL_HD vfloat at_least(vfloat x, double bound) {
+  const vfloat b = splat<vfloat>(bound);
+#if PYDL_LEVEL == 2
+  return (vfloat)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)x);
+#elif PYDL_LEVEL == 1
+  return (vfloat)_mm256_max_ps((__m256)b, (__m256)x);
+#else
+  return x < b ? b : x;
+#endif
+}
+PYDL_HD vfloat magnitude(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
+PYDL_HD vfloat with_sign_of(vfloat size, vfloat x) {
+  return (vfloat)(((vint)size & 0x7fffffff) | ((vint)x & INT32_MIN));
+}
+
+// x in units of ln 2: x = n ln 2 + r with |r| <= ln 2 / 2; n comes as a float and as an integer.
 struct Reduced {
   vfloat r, n;
   vint exponent;
@@ -197,26 +244,26 @@ PYDL_HD Reduced reduce_ln2(vfloat x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   const vfloat shifted = x * 1.44269504f + magic;
   const vfloat n = shifted - magic;
-  vfloat r = x - n * 0.693145752f;  // ln 2 in two parts, the first exact when multiplied by n
-  r = r - n * 1.42860677e-6f;
+#if PYDL_LEVEL > 0
+  // Fused, the product is exact, and ln 2 in fp32 is off by 2e-9 only.
+  const vfloat r = x - n * 0.693147182f;
+#else
+  const vfloat r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // the first product is exact
+#endif
   return {r, n, (vint)shifted - 0x4b400000};
-}
-// (e^r - 1 - r) / r^2 on |r| <= ln 2 / 2: minimax fit in the relative error of e^r - 1, 1.4e-8.
-PYDL_HD vfloat expm1_tail(vfloat r) {
-  vfloat q = 0.00138824975f - vfloat{};
-  q = q * r + 0.00836664679f;
-  q = q * r + 0.0416672039f;
-  q = q * r + 0.166665427f;
-  return q * r + 0.499999981f;
 }
 PYDL_HD vfloat power_of_two(vint exponent) { return (vfloat)((exponent + 127) << 23); }
 
-// e^x within 2 units of the last place; 0, subnormals, infinity and NaN as they should be.
+// e^x for x <= 88 within 2 units of the last place; 0, subnormals and NaN as they should be. The polynomial is a
+// minimax fit on |r| <= ln 2 / 2, relative error 9.3e-8.
 PYDL_HD vfloat exponential(vfloat x) {
-  x = x < -105.0f ? -105.0f - vfloat{} : x;
-  x = x > 90.0f ? 90.0f - vfloat{} : x;
-  const Reduced t = reduce_ln2(x);
-  const vfloat p = 1.0f + (t.r + t.r * t.r * expm1_tail(t.r));
+  const Reduced t = reduce_ln2(at_least(x, -105));
+  vfloat p = 0.00829005878f - vfloat{};
+  p = p * t.r + 0.0418993129f;
+  p = p * t.r + 0.166676478f;
+  p = p * t.r + 0.499991394f;
+  p = p * t.r + 0.999999702f;
+  p = p * t.r + 1.0f;
 #if PYDL_LEVEL == 2
   return (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)t.n);
 #else
@@ -224,12 +271,18 @@ PYDL_HD vfloat exponential(vfloat x) {
   return p * power_of_two(half) * power_of_two(t.exponent - half);
 #endif
 }
-// e^x - 1 for x <= 80, accurate near 0 too.
+
+// e^x - 1 for x <= 80, accurate near 0 too: (e^r - 1 - r) / r^2 is a minimax fit, 1.4e-8 in the relative error of
+// e^r - 1.
 PYDL_HD vfloat exponential_minus_one(vfloat x) {
-  x = x < -20.0f ? -20.0f - vfloat{} : x;
-  const Reduced t = reduce_ln2(x);
+  const Reduced t = reduce_ln2(at_least(x, -20));
+  vfloat q = 0.00138824975f - vfloat{};
+  q = q * t.r + 0.00836664679f;
+  q = q * t.r + 0.0416672039f;
+  q = q * t.r + 0.166665427f;
+  q = q * t.r + 0.499999981f;
   const vfloat scale = power_of_two(t.exponent);
-  return scale * (t.r + t.r * t.r * expm1_tail(t.r)) + (scale - 1.0f);
+  return scale * (t.r + t.r * t.r * q) + (scale - 1.0f);
 }
 
 }  // namespace PYDL_ISA

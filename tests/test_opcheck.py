@@ -28,18 +28,29 @@ def _small(op: Op, backend: str) -> list[Case]:
     return list(chosen.values())
 
 
+def _looks(arg: object) -> object:
+    """What tracing can tell of an argument."""
+    if not isinstance(arg, torch.Tensor):
+        return type(arg)
+    return arg.dtype, arg.dim(), arg.numel() == 0, arg.is_contiguous()
+
+
 def test_opcheck(op: Op, backend: str) -> None:
     """Schema, fake kernel, autograd registration and tracing hold, for the arguments that the op really passes."""
-    complaints, seen = [], set()
+    complaints: list[str] = []
+    seen: set[tuple] = set()
     for case in _small(op, backend):
         for kernel, args in _recorded(op, backend, case, torch.float32):
+            if (key := (str(kernel), *map(_looks, args))) in seen:
+                continue
+            seen.add(key)
             found = torch.library.opcheck(kernel, args, raise_exception=False)
             complaints += [
                 f"{kernel}, {case.label}: {test}: {str(result)[:300]}"
                 for test, result in found.items() if result != "SUCCESS"
             ]  # fmt: skip
-            seen.add(str(kernel))
-    assert any("fwd" in name for name in seen) and any("bwd" in name for name in seen)
+    names = {name for name, *_ in seen}
+    assert any("fwd" in name for name in names) and any("bwd" in name for name in names)
     assert not complaints, harness.summary(complaints)
 
 
@@ -76,17 +87,14 @@ def test_schemas_say_what_is_written(backend: str) -> None:
         assert not operator._schema.returns
 
 
-@pytest.mark.parametrize("fault", ["dtype", "shape", "device"])
+@pytest.mark.parametrize("fault", ["dtype", "shape"])
 def test_an_operator_refuses(op: Op, backend: str, fault: str) -> None:
-    """What does not fit is refused with the argument's or the op's name, before a kernel reads past an end."""
+    """An input of another shape or dtype is refused before a kernel reads past an end."""
     case = next(c for c in _small(op, backend) if c.args[0].dim() == 2 or op.family == "activation")
     for kernel, args in _recorded(op, backend, case, torch.float32):
         at = max(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dtype == torch.float32)
-        broken = {
-            "dtype": lambda t: t.to(torch.complex64),
-            "shape": lambda t: t.new_empty([n + 1 for n in t.shape] or [2]),
-            "device": lambda t: t.to("meta"),
-        }[fault]
-        given = [broken(a) if i == at else a for i, a in enumerate(args)]
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"pydl|Meta|meta"):
-            kernel(*given)
+        wrong = args[at].to(torch.complex64)
+        if fault == "shape":
+            wrong = args[at].new_empty([n + 1 for n in args[at].shape] or [2])
+        with pytest.raises(RuntimeError, match="pydl"):
+            kernel(*(wrong if i == at else a for i, a in enumerate(args)))

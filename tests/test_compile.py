@@ -1,0 +1,233 @@
+"""torch.compile traces every op whole, and what it makes equals eager, for any size and choice of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import harness
+import pytest
+import torch
+
+import pydl
+from pydl import functional
+from pydl.table import Case, Op
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Every test compiles anew."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Seen:
+    """A compiler that runs graphs as they are and remembers what they call."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+        self.targets: set[str] = set()
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list) -> Callable:
+        self.graphs += 1
+        for part in module.modules():
+            if isinstance(part, torch.fx.GraphModule):
+                self.targets |= {str(node.target) for node in part.graph.nodes}
+        return module.forward
+
+    def calls(self, backend: str) -> bool:
+        return any(f"pydl_{backend}." in target for target in self.targets)
+
+
+def _variants(op: Op, backend: str) -> list[Case]:
+    """A two-dimensional sample (or the largest) for every number of tensors, and one of channels-last images."""
+    chosen: dict[object, Case] = {}
+    for case in op.cases(torch.float32, harness.device(backend)):
+        x = case.args[0]
+        last = x.dim() == 4 and not x.is_contiguous()
+        if harness.moderate(case, 6000) and x.dim() in (2, 4) and x.numel() and (
+            x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        ):  # fmt: skip
+            chosen.setdefault((len(case.tensors()), last, "seed" in case.kwargs), case)
+    return list(chosen.values())
+
+
+def _complaints(op: Op, by: str | None, case: Case, **options: object) -> list[str]:
+    """Where a compiled call differs from an eager one, forward or backward."""
+
+    def call(*given: torch.Tensor) -> torch.Tensor:
+        return op.function(*harness.bind(case, given), backend=by, **case.kwargs) * 2
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, **options)):
+        given = harness.leaves(case)
+        out = function(*given)
+        dy = harness.upstream(out.detach(), torch.float32)
+        results.append([out.detach(), *torch.autograd.grad(out, given, dy)])
+        with torch.no_grad():
+            results[-1].append(function(*given))
+    complaints = []
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        if a.dtype != b.dtype or harness.strides(a) != harness.strides(b):
+            complaints.append(f"{case.label}: result {i} is laid out otherwise: {b.stride()}")
+        elif not torch.allclose(a, b, rtol=1e-5, atol=1e-5):
+            complaints.append(f"{case.label}: result {i} differs by {float((a - b).abs().max()):.1e}")
+    return complaints
+
+
+def test_compiled_equals_eager(op: Op, backend: str) -> None:
+    """Forward and backward through AOTAutograd, without a graph break."""
+    complaints = []
+    for case in _variants(op, backend):
+        torch._dynamo.reset()
+        complaints += _complaints(op, backend, case, backend="aot_eager")
+    assert not complaints, harness.summary(complaints)
+
+
+@pytest.mark.parametrize("name", ["gelu", "prelu", "bias_act", "gated_act"])
+def test_inductor(name: str) -> None:
+    """The default compiler, which reorders and reuses memory, keeps what kernels write."""
+    op = pydl.table.TABLE[name]
+    case = _variants(op, "cpu")[-1]
+    assert not (found := _complaints(op, "cpu", case)), harness.summary(found)
+
+
+def test_automatic_choice(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a backend named, the measured table decides while tracing as it does in eager."""
+    everywhere = {("cpu", name, torch.float32): ("cpu", 64, 64) for name in _names(op)}
+    monkeypatch.setattr(pydl.calibration, "_table", everywhere)
+    for case in _variants(op, "cpu")[:1]:
+        seen = Seen()
+        assert not (found := _complaints(op, None, case, backend=seen)), harness.summary(found)
+        assert seen.calls("cpu")
+    torch._dynamo.reset()
+    monkeypatch.setattr(pydl.calibration, "_table", {})
+    for case in _variants(op, "cpu")[:1]:
+        seen = Seen()
+        assert not (found := _complaints(op, None, case, backend=seen)), harness.summary(found)
+        assert not seen.calls("cpu")
+
+
+def _names(op: Op) -> list[str]:
+    return [op.name, f"{op.name}_learnt", f"{op.name}_tanh"]
+
+
+@pytest.mark.parametrize("how", ["dynamic", "marked", "automatic"])
+def test_dynamic_shapes(op: Op, how: str) -> None:
+    """One graph serves every size."""
+    seen = Seen()
+
+    def call(*given: torch.Tensor) -> torch.Tensor:
+        return op.function(*harness.bind(case, given), backend="cpu", **case.kwargs)
+
+    case = op.bench(pydl.table.Make(torch.float32), (16, 40))
+    compiled = torch.compile(call, fullgraph=True, backend=seen, dynamic=True if how == "dynamic" else None)
+    for i, rows in enumerate((16, 24, 32, 7)):
+        case = op.bench(pydl.table.Make(torch.float32), (rows, 40))
+        given = harness.leaves(case)
+        if how == "marked" and i == 0:
+            for t in given:
+                if t.shape[0] == rows:
+                    torch._dynamo.mark_dynamic(t, 0)
+        out = compiled(*given)
+        dy = harness.upstream(out.detach(), torch.float32)
+        grads = torch.autograd.grad(out, given, dy)
+        for a, b in zip([out.detach(), *grads], harness.run(call, case, torch.float32), strict=True):
+            torch.testing.assert_close(a, b)
+    assert seen.graphs == (2 if how == "automatic" else 1)
+
+
+def test_use_backend_switches() -> None:
+    """`use_backend` around a compiled function decides who computes, each time anew."""
+    seen = Seen()
+    compiled = torch.compile(lambda x: functional.gelu(x), fullgraph=True, backend=seen)
+    x = torch.randn(128)
+    with pydl.use_backend("torch"):
+        compiled(x)
+    assert seen.graphs == 1 and not seen.calls("cpu")
+    with pydl.use_backend("cpu"):
+        y = compiled(x)
+    assert seen.graphs == 2 and seen.calls("cpu")
+    assert torch.equal(y, functional.gelu(x, backend="cpu"))
+    with pydl.use_backend("torch"):
+        compiled(x)
+    assert seen.graphs == 2
+
+
+def test_use_backend_inside() -> None:
+    """`use_backend` inside a compiled function does the same, or says that it cannot be traced."""
+    seen = Seen()
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        with pydl.use_backend("cpu"):
+            return functional.gelu(x)
+
+    compiled = torch.compile(call, backend=seen)
+    x = torch.randn(128)
+    recorder = harness.Recorder()
+    assert torch.equal(compiled(x), functional.gelu(x, backend="cpu"))
+    with harness.intercepted(recorder):
+        eager = call(x)
+    assert recorder.calls and torch.equal(eager, compiled(x))
+
+
+def test_inplace_compiled(inplace_op: Op) -> None:
+    """`inplace=True` under torch.compile changes what it should, with a graph and without."""
+
+    def call(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x * 1.5
+        out = inplace_op.function(y, inplace=True, backend="cpu")
+        return out, y
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    leaf = torch.randn(4, 33, requires_grad=True)
+    out, y = compiled(leaf)
+    wanted = inplace_op.function(leaf * 1.5, backend="cpu")
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(y, wanted)
+    (got,) = torch.autograd.grad(out.square().sum(), leaf)
+    torch.testing.assert_close(got, torch.autograd.grad(wanted.square().sum(), leaf)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(leaf)[1], wanted)
+
+
+def test_overwriting_an_argument(inplace_op: Op) -> None:
+    """An argument that a compiled function overwrites is overwritten."""
+    compiled = torch.compile(
+        lambda x: inplace_op.function(x, inplace=True, backend="cpu"), fullgraph=True, backend="aot_eager"
+    )
+    x = torch.randn(4, 33)
+    wanted = inplace_op.function(x, backend="cpu")
+    compiled(x)
+    torch.testing.assert_close(x, wanted)
+
+
+def test_export(op: Op) -> None:
+    """torch.export takes every op, and what it makes runs."""
+    case = _variants(op, "cpu")[0]
+
+    class Model(torch.nn.Module):
+        def forward(self, *given: torch.Tensor) -> torch.Tensor:
+            return op.function(*harness.bind(case, given), backend="cpu", **case.kwargs)
+
+    tensors = tuple(case.tensors())
+    exported = torch.export.export(Model(), tensors)
+    assert torch.equal(exported.module()(*tensors), Model()(*tensors))
+    assert any("pydl_cpu" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_module_compiled() -> None:
+    """Activations between layers compile whole and train as in eager."""
+
+    def net(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        hidden = functional.bias_act(x @ w, b, "gelu", backend="cpu")
+        return functional.mish(functional.relu(hidden @ w, backend="cpu"), backend="cpu").sum()
+
+    torch.manual_seed(0)
+    given = [torch.randn(8, 32), torch.randn(32, 32) / 6, torch.randn(32)]
+    results = []
+    for function in (net, torch.compile(net, fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in given]
+        results.append(torch.autograd.grad(function(*leaves), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
