@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydl.kernels.common import act_backward, act_forward, add_partials, block_of, like, logistic
+from pydl.kernels.common import act_backward, act_forward, add_partials, block_of, like, logistic, rounded
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def unary_fwd_kernel(y, x, n, p, ACT: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     inside = i < n - start
     value = tl.load(x + start + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + start + i, act_forward(value, p, ACT).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + start + i, rounded(act_forward(value, p, ACT), y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def unary_bwd_kernel(dx, dy, saved, n, p, ACT: tl.constexpr, BLOCK: tl.constexpr
     inside = i < n - start
     s = tl.load(saved + start + i, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(dy + start + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + start + i, act_backward(d, s, p, ACT).to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + start + i, rounded(act_backward(d, s, p, ACT), dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def learnt_fwd_kernel(y, x, parameter, n, channels, inner, SWISH: tl.constexpr, 
     channel = (start + i) // inner % channels
     value = tl.load(x + start + i, mask=inside, other=0.0).to(tl.float32)
     p = tl.load(parameter + channel, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + start + i, learnt_forward(value, p, SWISH).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + start + i, rounded(learnt_forward(value, p, SWISH), y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def learnt_columns_kernel(
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         out, part = learnt_backward(d, value, p[None, :], SWISH)
-        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + at, rounded(out, dx.dtype.element_ty), mask=inside)
         total += tl.sum(tl.where(inside, part, 0.0), axis=0)
     tl.store(partials + piece * channels + c, total.to(tl.float64), mask=c < channels)
 
@@ -105,7 +105,7 @@ def learnt_rows_kernel(
             value = tl.load(x + start + i, mask=inside, other=0.0).to(tl.float32)
             d = tl.load(dy + start + i, mask=inside, other=0.0).to(tl.float32)
             out, part = learnt_backward(d, value, p, SWISH)
-            tl.store(dx + start + i, out.to(dx.dtype.element_ty), mask=inside)
+            tl.store(dx + start + i, rounded(out, dx.dtype.element_ty), mask=inside)
             total += tl.where(inside, part, 0.0)
     tl.store(partials + piece * channels + channel, tl.sum(total.to(tl.float64), axis=0))
 

@@ -16,6 +16,7 @@ from pydl.kernels.common import (
     block_of,
     dropout_factor,
     like,
+    rounded,
     threshold,
 )
 
@@ -34,7 +35,7 @@ def fwd_kernel(
     out = act_forward(value + b, p, ACT)
     if DROPOUT:
         out = out * dropout_factor(seed, start + i, limit, scale)
-    tl.store(y + start + i, out.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + start + i, rounded(out, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def bwd_kernel(
             if DROPOUT:
                 d = d * dropout_factor(seed, at, limit, scale)
             out = act_backward_from_input(d, value + b, p, ACT)
-            tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
+            tl.store(dx + at, rounded(out, dx.dtype.element_ty), mask=inside)
             total += tl.sum(tl.where(inside, out, 0.0), axis=0)
     if COLUMNS_FIRST:
         c = left + tl.arange(0, COLUMNS)
@@ -112,7 +113,7 @@ def _bwd(
     first = inner == 1
     cut = (max(1, min(outer, partials.shape[0])), 1) if first else pieces_of(partials, outer, inner)
     count = cut[0] * cut[1]
-    rows, columns = (16, 64) if first else (1, 1024)
+    rows, columns = (16, 64) if first else (1, 512)
     bwd_kernel[(triton.cdiv(channels, columns) if first else channels, count)](
         dx, partials, dy, x, bias, seed if seed is not None else x, outer, channels, inner, *cut, float(p),
         threshold(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,

@@ -5,10 +5,27 @@ Programs compute their start in 64 bits and everything inside a block in 32.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+# The interpreter cuts fp32 off where it makes bf16 of it; a GPU rounds.
+_ROUND_BY_HAND = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 in a storage type, to nearest even."""
+    if _ROUND_BY_HAND and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, nearest, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
@@ -165,7 +182,7 @@ def add_partials_kernel(total, partials, channels, pieces, BLOCK: tl.constexpr):
     for _ in range(pieces):
         total_sum += tl.load(at, mask=inside, other=0.0)
         at += channels
-    tl.store(total + c, total_sum.to(tl.float32).to(total.dtype.element_ty), mask=inside)
+    tl.store(total + c, rounded(total_sum.to(tl.float32), total.dtype.element_ty), mask=inside)
 
 
 def add_partials(total: Tensor, partials: Tensor) -> None:

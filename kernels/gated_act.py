@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pydl.kernels.common import act_backward_from_input, act_forward, block_of, like
+from pydl.kernels.common import act_backward_from_input, act_forward, block_of, like, rounded
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def fwd_kernel(y, gate, up, n, p, ACT: tl.constexpr, BLOCK: tl.constexpr):
     inside = i < n - start
     g = tl.load(gate + start + i, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + start + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + start + i, (act_forward(g, p, ACT) * u).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + start + i, rounded(act_forward(g, p, ACT) * u, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -30,8 +30,8 @@ def bwd_kernel(dgate, dup, dy, gate, up, n, p, ACT: tl.constexpr, BLOCK: tl.cons
     g = tl.load(gate + start + i, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + start + i, mask=inside, other=0.0).to(tl.float32)
     dg = act_backward_from_input(d * u, g, p, ACT)
-    tl.store(dgate + start + i, dg.to(dgate.dtype.element_ty), mask=inside)
-    tl.store(dup + start + i, (d * act_forward(g, p, ACT)).to(dup.dtype.element_ty), mask=inside)
+    tl.store(dgate + start + i, rounded(dg, dgate.dtype.element_ty), mask=inside)
+    tl.store(dup + start + i, rounded(d * act_forward(g, p, ACT), dup.dtype.element_ty), mask=inside)
 
 
 def _fwd(y: Tensor, gate: Tensor, up: Tensor, act: int, p: float) -> None:

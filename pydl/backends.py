@@ -33,14 +33,18 @@ def _check_name(name: str, where: str) -> str:
     return name
 
 
-class _Chosen(threading.local):
-    backend: str | None = None
-
-
-_chosen = _Chosen()
 _environment: str | None = os.environ.get("PYDL_BACKEND") or None
 if _environment is not None:
     _check_name(_environment, "the environment variable PYDL_BACKEND")
+
+
+class _Chosen(threading.local):
+    """What a thread asked for; None is automatic."""
+
+    backend: str | None = _environment
+
+
+_chosen = _Chosen()
 # What torch.compile reads: it guards on a module's variable, not on a thread's.
 _traced: str | None = _environment
 
@@ -57,8 +61,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     if name is not None and unavailable(_check_name(name, "use_backend's argument")):
         raise RuntimeError(f"pydl: backend {name!r} is not available: {unavailable(name)}")
     before, traced = _chosen.backend, _traced
-    _chosen.backend = name if name is not None else "auto"
-    _traced = name
+    _chosen.backend = _traced = name
     try:
         yield
     finally:
@@ -69,10 +72,7 @@ def requested(argument: str | None) -> str | None:
     """The backend asked for by the argument, the context or the environment; None for automatic."""
     if argument is not None:
         return _check_name(argument, "backend")
-    if torch.compiler.is_compiling():
-        return _traced
-    name = _chosen.backend
-    return _environment if name is None else None if name == "auto" else name
+    return _traced if torch.compiler.is_compiling() else _chosen.backend
 
 
 def load_triton() -> None:
@@ -166,15 +166,26 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def choose(
-    op: str, argument: str | None, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS
+    op: str,
+    argument: str | None,
+    first: Tensor,
+    *others: Tensor,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> str:
     """The backend that serves this call.
 
     Raises:
         RuntimeError: the backend asked for cannot serve it; the message lists every reason.
     """
+    # A small tensor's call takes a microsecond: what most of them need to know comes first.
+    if argument is None and not torch.compiler.is_compiling() and _chosen.backend is None:
+        try:
+            if first.numel() < calibration.smallest:
+                return "torch"
+        except AttributeError:  # no tensor: torch says so as its users know it
+            return "torch"
     name = requested(argument)
-    first = tensors[0]
+    tensors = (first, *others)
     if name is None:
         return automatic(op, *tensors)
     if name in ("torch", "reference"):

@@ -40,6 +40,13 @@ def read() -> dict[tuple[str, str, torch.dtype], Limits]:
 _table = read()
 
 
+def _smallest() -> int:
+    return min((n for _, *sizes in _table.values() for n in sizes), default=NEVER)
+
+
+smallest = _smallest()  # below this many elements nothing beats native PyTorch
+
+
 def limits(device: str, op: str, dtype: torch.dtype) -> Limits | None:
     """(backend, smallest size, smallest size with gradient), or None where nothing was measured."""
     return _table.get((device, op, dtype))
@@ -47,5 +54,6 @@ def limits(device: str, op: str, dtype: torch.dtype) -> Limits | None:
 
 def reload() -> None:
     """Reads the file again."""
-    global _table
+    global _table, smallest
     _table = read()
+    smallest = _smallest()

@@ -118,7 +118,7 @@ def upstream(out: Tensor, dtype: torch.dtype, how: str = "like") -> Tensor:
     generator = torch.Generator().manual_seed(out.numel())
     drawn = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
     if how == "expanded":
-        drawn = drawn.reshape(-1)[:1].expand(out.shape) if out.numel() else drawn
+        drawn = drawn.reshape(-1)[0].expand(out.shape) if out.numel() else drawn
     drawn = drawn.to(out.dtype).to(out.device)
     if how == "like":
         return torch.empty_like(out).copy_(drawn)

@@ -34,7 +34,7 @@ KERNELS = {
     "bias_bwd rows": (
         "bias_act",
         "bwd_kernel",
-        {"ACT": 11, "DROPOUT": False, "COLUMNS_FIRST": False, "ROWS": 1, "COLUMNS": 1024},
+        {"ACT": 11, "DROPOUT": False, "COLUMNS_FIRST": False, "ROWS": 1, "COLUMNS": 512},
     ),
     "gated_fwd": ("gated_act", "fwd_kernel", {"ACT": 9, "BLOCK": 1024}),
     "gated_bwd": ("gated_act", "bwd_kernel", {"ACT": 7, "BLOCK": 1024}),

@@ -1,0 +1,146 @@
+"""Hypothesis draws what the samples of the table do not: shapes, strides, offsets and values."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import harness
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pydl.table import Case, Make, Op
+
+SIZES = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 64, 67])
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+HARD = (0.0, -0.0, 1e-8, 1.0, 12.0, -12.0, 88.7, -88.7, 1e4, -1e4, 1e38, float("inf"), float("nan"))
+VALUES = st.sampled_from([v for x in HARD for v in (x, -x)])
+
+
+def _few(count: int) -> Callable:
+    """Modest and the same each time."""
+    return settings(
+        max_examples=count, derandomize=True, deadline=None, database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )  # fmt: skip
+
+
+@st.composite
+def layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[list[int], list[int], int]:
+    """(order of the dimensions in memory, steps along them, offset): how a tensor of a shape lies."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in shape]
+    return list(order), steps, draw(st.sampled_from([0, 1, 3, 64]))
+
+
+def _lay(tensor: torch.Tensor, layout: tuple[list[int], list[int], int], expand: int | None) -> torch.Tensor:
+    """The tensor's values in another layout; along `expand` those of index 0 everywhere, with stride 0."""
+    order, steps, offset = layout
+    if expand is not None and tensor.shape[expand] > 1:
+        return tensor.narrow(expand, 0, 1).expand(tensor.shape)
+    strides, length = [0] * tensor.dim(), 1
+    for d in order:
+        strides[d] = length * steps[d]
+        length *= max(1, tensor.shape[d]) * steps[d]
+    held = tensor.new_empty(length + offset)
+    return held.as_strided(tensor.shape, strides, offset).copy_(tensor)
+
+
+@st.composite
+def calls(draw: st.DrawFn, op: Op) -> tuple[Case, torch.dtype]:
+    """A call of the op: a sample or a benchmark's call of any shape, laid out anyhow, some values replaced."""
+    dtype = draw(DTYPES)
+    make = Make(dtype, seed=str(draw(st.integers(0, 7))))
+    if draw(st.booleans()):
+        shape = tuple(draw(st.lists(SIZES, min_size=1, max_size=4)))
+        while torch.Size(shape).numel() > 40_000:
+            shape = shape[1:]
+        case = op.bench(make, shape)
+    else:
+        samples = [case for case in op.samples(make) if harness.elements(case) < 20_000]
+        case = samples[draw(st.integers(0, len(samples) - 1))]
+    tensors = []
+    for i, tensor in enumerate(case.tensors()):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        for value in draw(st.lists(VALUES, max_size=4)) if i == 0 and tensor.numel() else ():
+            tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = value
+        dims = [None, None, None, *range(tensor.dim())]
+        expand = draw(st.sampled_from(dims)) if i == 0 else None
+        tensors.append(_lay(tensor, draw(layouts(tuple(tensor.shape))), expand))
+    return Case(f"{case.label} {dtype}", harness.bind(case, tensors), case.kwargs), dtype
+
+
+def _population(op: Op, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition and native PyTorch on many ordinary values, with the call's further arguments.
+
+    The judge compares largest errors; those of a handful of elements say little about native PyTorch's.
+    """
+    x = Make(dtype, seed="population")(61, 67)
+    tensors = [x if t.shape == case.args[0].shape else t[:1].reshape(-1)[:1] for t in case.tensors()]
+    if not all(t.numel() for t in tensors) or case.kwargs:
+        tensors = []
+    try:
+        many = Case("", harness.bind(case, tensors), {})
+        return op.reference(*many.to(torch.float64).args), op.native(*many.args)
+    except (RuntimeError, StopIteration):
+        return x.double()[:0], x[:0]
+
+
+def _judged(op: Op, backend: str, case: Case, dtype: torch.dtype, how: str) -> list[str]:
+    got = harness.run(harness.on(op, backend), case, dtype, how)
+    native = harness.run(op.native, case, dtype, how)
+    wanted = harness.run(op.reference, case.to(torch.float64), dtype, how)
+    complaints = [
+        f"result {i}: {a.dtype} {tuple(a.shape)}, wants {b.dtype} {tuple(b.shape)}"
+        for i, (a, b) in enumerate(zip(got, native, strict=True)) if a.dtype != b.dtype or a.shape != b.shape
+    ]  # fmt: skip
+    if complaints:
+        return complaints
+    more_wanted, more_native = _population(op, case, dtype)
+    complaints = harness.judged(
+        "output",
+        torch.cat([got[0].reshape(-1), more_native.reshape(-1)]),
+        torch.cat([wanted[0].reshape(-1), more_wanted.reshape(-1)]),
+        torch.cat([native[0].reshape(-1), more_native.reshape(-1)]),
+    )
+    if harness.strides(got[0]) != harness.strides(native[0]):
+        complaints.append(f"output has strides {got[0].stride()}, torch's {native[0].stride()}")
+    for i, x in enumerate(case.tensors()):
+        terms = max(4.0, got[0].numel() / max(1, x.numel()))
+        complaints += harness.judged_gradient(
+            f"gradient {i}", got[1 + i], wanted[1 + i], native[1 + i], x, terms
+        )
+    return complaints
+
+
+def _describe(case: Case) -> str:
+    lies = ", ".join(f"{tuple(t.shape)} strides {t.stride()} offset {t.storage_offset()}" for t in case.tensors())
+    return f"{case.label}: {lies}; {[a for a in case.args if not isinstance(a, torch.Tensor)]} {case.kwargs}"
+
+
+def _property(op: Op, backend: str, count: int) -> None:
+    @_few(count)
+    @given(call=calls(op), how=st.sampled_from(harness.DY))
+    def check(call: tuple[Case, torch.dtype], how: str) -> None:
+        case, dtype = call
+        if backend != "cpu" and harness.elements(case) > 4000:
+            return
+        found = _judged(op, backend, case, dtype, how)
+        assert not found, f"{_describe(case)}, dy {how}: {found}"
+
+    check()
+
+
+def test_any_call(op: Op, backend: str) -> None:
+    """Whatever the shape, strides, offset and values: right, and laid out as torch lays it out."""
+    _property(op, backend, {"cpu": 50, "cuda": 15}.get(backend, 5))
+
+
+@_few(40)
+@given(data=st.data())
+def test_layouts_are_what_they_say(data: st.DataObject) -> None:
+    """The strategy lays values out without losing any."""
+    shape = tuple(data.draw(st.lists(SIZES, max_size=3)))
+    tensor = Make(torch.float32, seed=str(zlib.crc32(repr(shape).encode())))(*shape)
+    assert torch.equal(_lay(tensor, data.draw(layouts(shape)), None), tensor)
