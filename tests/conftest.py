@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 for variable in ("PYDL_BACKEND", "PYDL_CALIBRATION", "PYDL_POOL_BYTES"):
     os.environ.pop(variable, None)
 
-import harness  # noqa: E402
+from tests import harness  # noqa: E402
 
 from pydl.table import TABLE, Op  # noqa: E402
 

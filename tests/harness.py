@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def missing(backend: str) -> str | None:
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             return f"no GPU, and no {compiler} to build the emulation with"
-        from emulation import build
+        from tests.emulation import build
 
         build.load("plain")
         backends.emulate_cuda(True)
@@ -61,7 +62,7 @@ def missing(backend: str) -> str | None:
 def reorder(seed: int) -> None:
     """Another order of threads for what the emulation runs next."""
     if backends._emulated:
-        from emulation import build
+        from tests.emulation import build
 
         build.seed(seed)
 
@@ -335,3 +336,12 @@ def summary(complaints: Sequence[str]) -> str:
     """What a failing test prints: all of it, within reason."""
     more = f"\n… and {len(complaints) - 40} more" if len(complaints) > 40 else ""
     return f"{len(complaints)} complaints:\n" + "\n".join(complaints[:40]) + more
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh process, which can import the tests."""
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+    )  # fmt: skip

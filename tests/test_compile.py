@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import harness
+from tests import harness
 import pytest
 import torch
 

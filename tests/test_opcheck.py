@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import harness
+from tests import harness
 import pytest
 import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 
-import harness
+from tests import harness
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
