@@ -1,5 +1,5 @@
-"""Builds pydl: csrc/ is found by glob, the CPU kernels are compiled once per instruction-set level, and the
-CUDA kernels where nvcc and a CUDA torch are there.
+"""Builds pydl: csrc/ is found by glob, the CPU kernels are compiled once per instruction-set level,
+and the CUDA kernels where nvcc and a CUDA torch are there.
 
 Switches: PYDL_CUDA=0|1 (default: when possible), TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CUDA_HOME.
 """
@@ -47,7 +47,9 @@ def find_torch():
 
 def find_compiler() -> str:
     wanted = os.environ.get("CXX", "c++")
-    found = shutil.which(wanted.split()[0]) or (shutil.which("g++") if "CXX" not in os.environ else None)
+    found = shutil.which(wanted.split()[0]) or (
+        shutil.which("g++") if "CXX" not in os.environ else None
+    )
     if not found:
         stop(
             f"no C++ compiler: {wanted!r} is not on PATH",
@@ -73,15 +75,20 @@ def find_nvcc(torch) -> str | None:
             "install a CUDA build of torch, or set PYDL_CUDA=0",
         )
     if switch == "1" and not nvcc:
-        stop("PYDL_CUDA=1, but nvcc was not found", "install the CUDA toolkit or set CUDA_HOME, or set PYDL_CUDA=0")
+        stop(
+            "PYDL_CUDA=1, but nvcc was not found",
+            "install the CUDA toolkit or set CUDA_HOME, or set PYDL_CUDA=0",
+        )
     if not torch.version.cuda or not nvcc:
         return None
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", text)
     if release and release.group(1) != torch.version.cuda.split(".")[0]:
         stop(
-            f"nvcc is CUDA {release.group(1)}.{release.group(2)}, but torch is built for CUDA {torch.version.cuda}",
-            "set CUDA_HOME to a toolkit of torch's major version, or set PYDL_CUDA=0 to build for the CPU only",
+            f"nvcc is CUDA {release.group(1)}.{release.group(2)}, but torch is built for "
+            f"CUDA {torch.version.cuda}",
+            "set CUDA_HOME to a toolkit of torch's major version, or set PYDL_CUDA=0 to build for the "
+            "CPU only",
         )
     return nvcc
 
@@ -90,12 +97,17 @@ def arch_flags(torch) -> list[str]:
     text = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not text and torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        text = ";".join(f"{major}.{minor}{'a' if major >= 9 else ''}" for major, minor in sorted(found))
+        text = ";".join(
+            f"{major}.{minor}{'a' if major >= 9 else ''}" for major, minor in sorted(found)
+        )
     flags = []
     for arch in re.split(r"[;, ]+", (text or DEFAULT_ARCHS).strip()):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
         if not match:
-            stop(f"TORCH_CUDA_ARCH_LIST names {arch!r}", 'list capabilities, for example "8.0;9.0a;10.0+PTX"')
+            stop(
+                f"TORCH_CUDA_ARCH_LIST names {arch!r}",
+                'list capabilities, for example "8.0;9.0a;10.0+PTX"',
+            )
         number = match.group(1) + match.group(2)
         code = [f"sm_{number}"] + ([f"compute_{number}"] if match.group(3) else [])
         flags.append(f"-gencode=arch=compute_{number},code=[{','.join(code)}]")
@@ -103,7 +115,8 @@ def arch_flags(torch) -> list[str]:
 
 
 class Build(build_ext):
-    """Writes a ninja file and runs it: one object per file and level, rebuilt when an include changed."""
+    """Writes a ninja file and runs it: one object per file and level, rebuilt when an include
+    changed."""
 
     def build_extension(self, ext: Extension) -> None:
         torch = find_torch()
@@ -111,7 +124,11 @@ class Build(build_ext):
 
         compiler, nvcc = find_compiler(), find_nvcc(torch)
         # Kept between builds, editable ones too, which get a temporary folder from setuptools.
-        work = ROOT / "build" / f"{sys.implementation.cache_tag}-{platform.machine()}{'-cuda' if nvcc else ''}"
+        work = (
+            ROOT
+            / "build"
+            / f"{sys.implementation.cache_tag}-{platform.machine()}{'-cuda' if nvcc else ''}"
+        )
         work.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +136,10 @@ class Build(build_ext):
         includes = [f"-isystem {sysconfig.get_paths()['include']}"]
         includes += [f"-isystem {path}" for path in cpp_extension.include_paths()]
         abi = int(torch.compiled_with_cxx11_abi())
-        common = f"-std=c++20 -fPIC -Wall -Wextra -Wno-psabi -Wno-unused-parameter -D_GLIBCXX_USE_CXX11_ABI={abi}"
+        common = (
+            "-std=c++20 -fPIC -Wall -Wextra -Wno-psabi -Wno-unused-parameter "
+            f"-D_GLIBCXX_USE_CXX11_ABI={abi}"
+        )
         host = f"-O2 {common} -DTORCH_EXTENSION_NAME=_C " + " ".join(includes)
         kernel = f"-O2 {common} -ffp-contract=fast -fno-math-errno -fno-trapping-math"
         if nvcc:
@@ -136,7 +156,8 @@ class Build(build_ext):
             for level, flags in LEVELS.items() if x86 else [(0, [])]:
                 objects.append(work / f"{source.stem}.level{level}.o")
                 lines.append(
-                    f"build {objects[-1]}: cxx {source}\n  flags = {kernel} -DPYDL_LEVEL={level} {' '.join(flags)}"
+                    f"build {objects[-1]}: cxx {source}\n"
+                    f"  flags = {kernel} -DPYDL_LEVEL={level} {' '.join(flags)}"
                 )
         libraries = ["c10", "torch_cpu", "torch", "torch_python"]
         folders = cpp_extension.library_paths()
@@ -146,14 +167,17 @@ class Build(build_ext):
             folders = [*cpp_extension.library_paths(device_type="cuda")]
             for source in sorted(CSRC.glob("*.cu")):
                 objects.append(work / f"{source.stem}.cu.o")
-                lines.append(f"build {objects[-1]}: nvcc {source}\n  flags = {' '.join(arch_flags(torch))}")
+                lines.append(
+                    f"build {objects[-1]}: nvcc {source}\n  flags = {' '.join(arch_flags(torch))}"
+                )
         link += [f"-L{folder}" for folder in folders] + [f"-l{library}" for library in libraries]
         link += [f"-Wl,-rpath,{folder}" for folder in cpp_extension.library_paths()[:1]]
         rules = [
             "ninja_required_version = 1.5",
-            f"rule cxx\n  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule nvcc\n  command = {nvcc} -std=c++20 -O3 -Xcompiler -fPIC --expt-relaxed-constexpr "
-            f"--expt-extended-lambda -Werror all-warnings $flags -MMD -MF $out.d -c $in -o $out\n"
+            f"rule cxx\n  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc",
+            f"rule nvcc\n  command = {nvcc} -std=c++20 -O3 -Xcompiler -fPIC "
+            f"--expt-relaxed-constexpr --expt-extended-lambda -Werror all-warnings $flags -MMD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {compiler} -shared $in {' '.join(link)} -o $out",
         ]
@@ -169,11 +193,16 @@ class Build(build_ext):
             "torch": torch.__version__,
             "cuda": torch.version.cuda if nvcc else None,
             "archs": " ".join(arch_flags(torch)) if nvcc else "",
-            "compiler": subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.split("\n")[0],
+            "compiler": subprocess.run(
+                [compiler, "--version"], capture_output=True, text=True
+            ).stdout.split("\n")[0],
         }
         # What the extension was built with, read before it is loaded.
         (target.parent / "_built.py").write_text(f"BUILT = {built!r}\n")
-        print(f"pydl: built for the CPU{' and CUDA ' + str(torch.version.cuda) if nvcc else ' only'}, torch {torch.__version__}")
+        print(
+            f"pydl: built for the CPU{' and CUDA ' + str(torch.version.cuda) if nvcc else ' only'}, "
+            f"torch {torch.__version__}"
+        )
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
@@ -181,7 +210,10 @@ class Build(build_ext):
         shutil.copy(made, Path(self.get_finalized_command("build_py").get_package_dir("pydl")))
 
     def get_outputs(self) -> list[str]:
-        return [*super().get_outputs(), *(str(Path(o).parent / "_built.py") for o in super().get_outputs())]
+        return [
+            *super().get_outputs(),
+            *(str(Path(o).parent / "_built.py") for o in super().get_outputs()),
+        ]
 
 
 setup(ext_modules=[Extension("pydl._C", sources=[])], cmdclass={"build_ext": Build})

@@ -33,8 +33,8 @@ void parameter_bwd(Out dx, Out dparameter, Out partials, View dy, View x, View p
 
 using namespace pydl;
 
-#define UNARY(name, F, parameters, ...)                                                     \
-  EXPORT(cpu, name##_fwd, "y, x" parameters, unary_fwd<F __VA_OPT__(, ) __VA_ARGS__>)       \
+#define UNARY(name, F, parameters, ...)                                               \
+  EXPORT(cpu, name##_fwd, "y, x" parameters, unary_fwd<F __VA_OPT__(, ) __VA_ARGS__>) \
   EXPORT(cpu, name##_bwd, "dx, dy, saved" parameters, unary_bwd<F __VA_OPT__(, ) __VA_ARGS__>)
 #include "activation_list.h"
 

@@ -9,15 +9,15 @@ namespace {
 template <class F, class... P>
 void unary_fwd(Stream stream, Out y, View x, P... parameters) {
   const F f{parameters...};
-  map<kFlatFast, 1, 1>(stream, "activation forward", UnaryForward<F>{f}, UnaryForward<AnyActivation>{any_of(f)}, {y},
-                       {x});
+  map<kFlatFast, 1, 1>(stream, "activation forward", UnaryForward<F>{f},
+                       UnaryForward<AnyActivation>{any_of(f)}, {y}, {x});
 }
 
 template <class F, class... P>
 void unary_bwd(Stream stream, Out dx, View dy, View saved, P... parameters) {
   const F f{parameters...};
-  map<kFlatFast, 1, 2>(stream, "activation backward", UnaryBackward<F>{f}, UnaryBackward<AnyActivation>{any_of(f)},
-                       {dx}, {dy, saved});
+  map<kFlatFast, 1, 2>(stream, "activation backward", UnaryBackward<F>{f},
+                       UnaryBackward<AnyActivation>{any_of(f)}, {dx}, {dy, saved});
 }
 
 // The parameter comes expanded to the shape of x.
@@ -28,9 +28,11 @@ void parameter_fwd(Stream stream, Out y, View x, View parameter) {
 }
 
 template <class F>
-void parameter_bwd(Stream stream, Out dx, Out dparameter, Out partials, View dy, View x, View parameter) {
+void parameter_bwd(Stream stream, Out dx, Out dparameter, Out partials, View dy, View x,
+                   View parameter) {
   const F f;
-  map_and_sum<1, 2>(stream, "activation backward", f, f, {dx}, {dy, x}, parameter, dparameter, partials);
+  map_and_sum<1, 2>(stream, "activation backward", f, f, {dx}, {dy, x}, parameter, dparameter,
+                    partials);
 }
 
 }  // namespace
@@ -39,8 +41,8 @@ void parameter_bwd(Stream stream, Out dx, Out dparameter, Out partials, View dy,
 
 using namespace pydl;
 
-#define UNARY(name, F, parameters, ...)                                                      \
-  EXPORT(cuda, name##_fwd, "y, x" parameters, unary_fwd<F __VA_OPT__(, ) __VA_ARGS__>)       \
+#define UNARY(name, F, parameters, ...)                                                \
+  EXPORT(cuda, name##_fwd, "y, x" parameters, unary_fwd<F __VA_OPT__(, ) __VA_ARGS__>) \
   EXPORT(cuda, name##_bwd, "dx, dy, saved" parameters, unary_bwd<F __VA_OPT__(, ) __VA_ARGS__>)
 #include "activation_list.h"
 

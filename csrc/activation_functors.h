@@ -1,5 +1,5 @@
-// The formulas of math.h as the functors that the skeletons of both devices call: in and out are arrays of
-// one value or register per operand.
+// The formulas of math.h as the functors that the skeletons of both devices call: in and out are
+// arrays of one value or register per operand.
 #pragma once
 
 #include "math.h"

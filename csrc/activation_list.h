@@ -1,5 +1,5 @@
-// The elementwise activations, one line each: UNARY(name, functor, ", parameter names", parameter types).
-// activation.cpp and activation.cu include this with UNARY defined.
+// The elementwise activations, one line each: UNARY(name, functor, ", parameter names", parameter
+// types). activation.cpp and activation.cu include this with UNARY defined.
 UNARY(sigmoid, Sigmoid, "")
 UNARY(tanh, Tanh, "")
 UNARY(relu, Relu, "")

@@ -1,6 +1,6 @@
-// The CUDA skeleton of backward passes that also sum a value over all but the channels; see channels.h for its
-// CPU twin and for how F is called. Two launches: pieces write fp64 partials, then each channel adds its own in
-// a fixed order. No atomics.
+// The CUDA skeleton of backward passes that also sum a value over all but the channels; see
+// channels.h for its CPU twin and for how F is called. Two launches: pieces write fp64 partials,
+// then each channel adds its own in a fixed order. No atomics.
 #pragma once
 
 #include "elementwise.cuh"
@@ -17,7 +17,8 @@ PYDL_DEVICE void sum_pack(const F& f, const Pointers<kOut, kIn>& p, int64_t at,
   using Packed = Pack<T, kPack>;
   Packed x[kIn], y[kOut];
 #pragma unroll
-  for (int k = 0; k < kIn; ++k) x[k] = *reinterpret_cast<const Packed*>(static_cast<const T*>(p.in[k]) + at);
+  for (int k = 0; k < kIn; ++k)
+    x[k] = *reinterpret_cast<const Packed*>(static_cast<const T*>(p.in[k]) + at);
 #pragma unroll
   for (int j = 0; j < kPack; ++j) {
     acc_t<T> one[kIn], made[kOut], sum;
@@ -32,11 +33,12 @@ PYDL_DEVICE void sum_pack(const F& f, const Pointers<kOut, kIn>& p, int64_t at,
   for (int k = 0; k < kOut; ++k) *reinterpret_cast<Packed*>(static_cast<T*>(p.out[k]) + at) = y[k];
 }
 
-// Channels innermost. Grid: (blocks of 32 packs of channels, pieces); a thread keeps the sums of one pack over
-// every eighth row.
+// Channels innermost. Grid: (blocks of 32 packs of channels, pieces); a thread keeps the sums of
+// one pack over every eighth row.
 template <class T, class F, int kOut, int kIn, int kPack>
 __global__ void __launch_bounds__(kThreads, 3)
-    sum_columns_kernel(F given, Pointers<kOut, kIn> p, const T* parameters, Pieces pieces, double* partials) {
+    sum_columns_kernel(F given, Pointers<kOut, kIn> p, const T* parameters, Pieces pieces,
+                       double* partials) {
   using A = acc_t<T>;
   const F f = given;
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
@@ -71,7 +73,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 // Channels outside. Grid: (channels, pieces); a block sums its part of a channel.
 template <class T, class F, int kOut, int kIn, int kPack>
 __global__ void __launch_bounds__(kThreads, 3)
-    sum_rows_kernel(F given, Pointers<kOut, kIn> p, const T* parameters, Pieces pieces, double* partials) {
+    sum_rows_kernel(F given, Pointers<kOut, kIn> p, const T* parameters, Pieces pieces,
+                    double* partials) {
   using A = acc_t<T>;
   const F f = given;
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
@@ -95,7 +98,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     double total = 0;
 #pragma unroll
     for (int j = 0; j < kPack; ++j) total += sums[j];
-    for (int half = kWarp / 2; half > 0; half /= 2) total += __shfl_down_sync(0xffffffffu, total, half);
+    for (int half = kWarp / 2; half > 0; half /= 2)
+      total += __shfl_down_sync(0xffffffffu, total, half);
     __shared__ double shared[kRows];
     if (lane == 0) shared[row] = total;
     __syncthreads();
@@ -116,7 +120,8 @@ __global__ void __launch_bounds__(kWarp* kWarp)
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   double sum = 0;
   if (channel < channels) {
-    for (int64_t piece = row; piece < count; piece += kWarp) sum += partials[piece * channels + channel];
+    for (int64_t piece = row; piece < count; piece += kWarp)
+      sum += partials[piece * channels + channel];
   }
   __shared__ double shared[kWarp][kWarp];
   shared[row][lane] = sum;
@@ -129,26 +134,29 @@ __global__ void __launch_bounds__(kWarp* kWarp)
 }
 
 template <class T, class F, int kOut, int kIn, int kPack>
-inline void launch_sums(Stream stream, const F& f, const Pointers<kOut, kIn>& p, const T* parameters,
-                        const Pieces& pieces, double* partials) {
+inline void launch_sums(Stream stream, const F& f, const Pointers<kOut, kIn>& p,
+                        const T* parameters, const Pieces& pieces, double* partials) {
   const unsigned count = static_cast<unsigned>(pieces.count());
   if (pieces.inner_size == 1) {
     const int64_t blocks = (pieces.channels / kPack + kWarp - 1) / kWarp;
     const auto kernel = &sum_columns_kernel<T, F, kOut, kIn, kPack>;
-    PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), count), dim3(kThreads), 0, stream, f, p, parameters,
-                pieces, partials);
+    PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), count), dim3(kThreads), 0, stream, f, p,
+                parameters, pieces, partials);
   } else {
     const auto kernel = &sum_rows_kernel<T, F, kOut, kIn, kPack>;
-    PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>(pieces.channels < 65536 ? pieces.channels : 65536), count),
-                dim3(kThreads), 0, stream, f, p, parameters, pieces, partials);
+    PYDL_LAUNCH(
+        kernel,
+        dim3(static_cast<unsigned>(pieces.channels < 65536 ? pieces.channels : 65536), count),
+        dim3(kThreads), 0, stream, f, p, parameters, pieces, partials);
   }
 }
 
-// Arguments as for the CPU's map_and_sum; both functors compute the same, `slow` where 16 bytes cannot be moved at
-// once and in fp64.
+// Arguments as for the CPU's map_and_sum; both functors compute the same, `slow` where 16 bytes
+// cannot be moved at once and in fp64.
 template <int kOut, int kIn, class F, class Slow>
-inline void map_and_sum(Stream stream, const char* op, const F& f, const Slow& slow, const Out (&outs)[kOut],
-                        const View (&ins)[kIn], const View& parameter, const Out& total, const Out& partials) {
+inline void map_and_sum(Stream stream, const char* op, const F& f, const Slow& slow,
+                        const Out (&outs)[kOut], const View (&ins)[kIn], const View& parameter,
+                        const Out& total, const Out& partials) {
   const Pieces pieces = Pieces::of(op, outs[0], parameter, total, partials);
   if (pieces.channels == 0) return;
   Pointers<kOut, kIn> p;

@@ -1,6 +1,6 @@
-// Tensors seen as (outer, channels, inner), dense, and the CPU skeleton of backward passes that also sum a
-// value over all but the channels. The sums go to a fixed number of partials, which do not depend on the
-// number of threads, and are added in a fixed order: the same bits each run.
+// Tensors seen as (outer, channels, inner), dense, and the CPU skeleton of backward passes that
+// also sum a value over all but the channels. The sums go to a fixed number of partials, which do
+// not depend on the number of threads, and are added in a fixed order: the same bits each run.
 #pragma once
 
 #include "elementwise.h"
@@ -9,7 +9,8 @@
 namespace pydl {
 inline namespace PYDL_ISA {
 
-// A sum that carries what rounding lost along (Kahan 1965): fp64 inputs leave no wider type to sum in.
+// A sum that carries what rounding lost along (Kahan 1965): fp64 inputs leave no wider type to sum
+// in.
 struct Compensated {
   double sum = 0, lost = 0;
   void add(double x) {
@@ -19,11 +20,12 @@ struct Compensated {
   }
 };
 
-// F is called as f(x, p, y, sum, index): registers of the kIn inputs and of the channel's parameter in, of
-// the kOut outputs and of the value to sum out.
+// F is called as f(x, p, y, sum, index): registers of the kIn inputs and of the channel's parameter
+// in, of the kOut outputs and of the value to sum out.
 template <class T, class F, int kOut, int kIn>
-__attribute__((noinline)) void sum_piece(const F& f, T* const (&out)[kOut], const T* const (&in)[kIn], const T* parameter,
-                      const Pieces& pieces, int64_t piece, double* partial) {
+__attribute__((noinline)) void sum_piece(const F& f, T* const (&out)[kOut],
+                                         const T* const (&in)[kIn], const T* parameter,
+                                         const Pieces& pieces, int64_t piece, double* partial) {
   using V = typename Lanes<T>::type;
   constexpr int kWidth = Lanes<T>::count;
   const Range rows = pieces.outer(piece), columns = pieces.inner(piece);
@@ -45,9 +47,10 @@ __attribute__((noinline)) void sum_piece(const F& f, T* const (&out)[kOut], cons
         const int64_t r1 = rows.end - r0 < kTile ? rows.end : r0 + kTile;
         for (int64_t v = 0; v < registers; ++v) sums[v] = splat<V>(0);
         for (int64_t r = r0; r < r1; ++r) {
-          const int64_t start = columns_first ? r * pieces.channels + c0
-                                              : (r * pieces.channels + channel) * pieces.inner_size +
-                                                    columns.begin + c0;
+          const int64_t start =
+              columns_first
+                  ? r * pieces.channels + c0
+                  : (r * pieces.channels + channel) * pieces.inner_size + columns.begin + c0;
           for (int64_t v = 0; v < registers; ++v) {
             const int64_t at = start + v * kWidth;
             const int64_t count = block - v * kWidth < kWidth ? block - v * kWidth : kWidth;
@@ -70,7 +73,8 @@ __attribute__((noinline)) void sum_piece(const F& f, T* const (&out)[kOut], cons
   }
 }
 
-// outs, ins: (outer, channels, inner) and dense. parameter, total: (channels). partials: (pieces, channels), fp64.
+// outs, ins: (outer, channels, inner) and dense. parameter, total: (channels). partials: (pieces,
+// channels), fp64.
 template <class F, int kOut, int kIn>
 inline void map_and_sum(const char* op, const F& f, const Out (&outs)[kOut], const View (&ins)[kIn],
                         const View& parameter, const Out& total, const Out& partials) {
@@ -90,7 +94,8 @@ inline void map_and_sum(const char* op, const F& f, const Out (&outs)[kOut], con
     });
     for (int64_t c = 0; c < pieces.channels; ++c) {
       double sum = 0;
-      for (int64_t piece = 0; piece < pieces.count(); ++piece) sum += sums[piece * pieces.channels + c];
+      for (int64_t piece = 0; piece < pieces.count(); ++piece)
+        sum += sums[piece * pieces.channels + c];
       static_cast<T*>(total.data)[c] = from_float<T>(static_cast<acc_t<T>>(sum));
     }
   });

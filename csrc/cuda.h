@@ -1,5 +1,6 @@
-// The one switch between nvcc and the CPU emulation of tests/emulation. A .cu file includes this and
-// no torch header; under PYDL_EMULATION it is compiled by a host compiler and runs block by block.
+// The one switch between nvcc and the CPU emulation of tests/emulation. A .cu file includes this
+// and no torch header; under PYDL_EMULATION it is compiled by a host compiler and runs block by
+// block.
 #pragma once
 
 #include "registry.h"
@@ -10,14 +11,14 @@
 
 #define PYDL_HD __host__ __device__ __forceinline__
 #define PYDL_DEVICE __device__ __forceinline__
-#define PYDL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                            \
-  do {                                                                                         \
-    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>((stream).handle)>>>(   \
-        __VA_ARGS__);                                                                          \
-    ::pydl::check_launch(#kernel);                                                             \
+#define PYDL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                          \
+  do {                                                                                       \
+    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>((stream).handle)>>>( \
+        __VA_ARGS__);                                                                        \
+    ::pydl::check_launch(#kernel);                                                           \
   } while (0)
 // Dynamic shared memory of the running block, aligned for 16-byte accesses.
-#define PYDL_DYNAMIC_SHARED(T, name)                           \
+#define PYDL_DYNAMIC_SHARED(T, name)                            \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   T* name = reinterpret_cast<T*>(name##_bytes)
 

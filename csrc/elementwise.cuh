@@ -1,4 +1,5 @@
-// The CUDA skeleton of every elementwise kernel; see elementwise.h for its CPU twin and for how F is called.
+// The CUDA skeleton of every elementwise kernel; see elementwise.h for its CPU twin and for how F
+// is called.
 #pragma once
 
 #include "cuda.h"
@@ -10,8 +11,9 @@ inline namespace PYDL_ISA {
 
 constexpr int kThreads = 256;
 
-// Which kernels an op compiles for each activation: those that move 16 bytes at a time through flat memory,
-// through broadcast or strided memory, or both. Everything else, and fp64, runs one compiled for all.
+// Which kernels an op compiles for each activation: those that move 16 bytes at a time through flat
+// memory, through broadcast or strided memory, or both. Everything else, and fp64, runs one
+// compiled for all.
 enum Fast { kFlatFast = 1, kPackedFast = 2, kBothFast = 3 };
 
 // What one 16-byte access moves.
@@ -42,8 +44,8 @@ constexpr int unroll() {
   return kOperands <= 3 ? 2 : 1;
 }
 
-// One run of memory in every operand, all aligned to 16 bytes: a block's loads are all in flight before its
-// first store. 64-bit arithmetic for the block's start only.
+// One run of memory in every operand, all aligned to 16 bytes: a block's loads are all in flight
+// before its first store. 64-bit arithmetic for the block's start only.
 template <class T, class F, int kOut, int kIn>
 __global__ void __launch_bounds__(kThreads, kOut + kIn <= 2 ? 4 : 3)
     map_flat_kernel(F given, Pointers<kOut, kIn> p, int64_t n) {
@@ -96,9 +98,9 @@ __global__ void __launch_bounds__(kThreads, kOut + kIn <= 2 ? 4 : 3)
   }
 }
 
-// Any strides, kPack elements of the innermost dimension a thread; fewer than 2^31 elements. `first` is the
-// position of the loop's first element in the output's memory. With kPack > 1 the outputs step by 1, the
-// inputs by 1 or 0, and every other stride and address keeps the alignment.
+// Any strides, kPack elements of the innermost dimension a thread; fewer than 2^31 elements.
+// `first` is the position of the loop's first element in the output's memory. With kPack > 1 the
+// outputs step by 1, the inputs by 1 or 0, and every other stride and address keeps the alignment.
 template <class T, class F, int kOut, int kIn, int kPack>
 __global__ void __launch_bounds__(kThreads)
     map_strided_kernel(F given, Loop<kOut + kIn> loop, int64_t first) {
@@ -162,7 +164,8 @@ inline bool packs(const Loop<kOut + kIn>& loop, int pack, int64_t size) {
 
 // Both functors compute the same; see Fast.
 template <class T, int kFast, int kOut, int kIn, class F, class Slow>
-inline void map_loop(Stream stream, const F& f, const Slow& slow, Loop<kOut + kIn> loop, int64_t first) {
+inline void map_loop(Stream stream, const F& f, const Slow& slow, Loop<kOut + kIn> loop,
+                     int64_t first) {
   constexpr int64_t kMost = int64_t{1} << 30;
   if (loop.numel > kMost) {
     // Halves of the outermost dimension, until 32 bits count the elements.
@@ -178,7 +181,9 @@ inline void map_loop(Stream stream, const F& f, const Slow& slow, Loop<kOut + kI
     return map_loop<T, kFast, kOut, kIn>(stream, f, slow, loop, first + half.numel);
   }
   constexpr int kPack = 16 / sizeof(T);
-  const auto blocks = [](int64_t n) { return dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads)); };
+  const auto blocks = [](int64_t n) {
+    return dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads));
+  };
   if constexpr ((kFast & kPackedFast) != 0 && sizeof(T) <= 4) {
     if (packs<kOut, kIn>(loop, kPack, sizeof(T))) {
       const auto kernel = &map_strided_kernel<T, F, kOut, kIn, kPack>;
@@ -197,20 +202,21 @@ inline void map_flat(Stream stream, const F& f, const Loop<kOut + kIn>& loop) {
   for (int k = 0; k < kIn; ++k) p.in[k] = loop.data[kOut + k];
   constexpr int64_t kTile = int64_t{kThreads} * (16 / sizeof(T)) * unroll<kOut + kIn>();
   const auto kernel = &map_flat_kernel<T, F, kOut, kIn>;
-  PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>((loop.numel + kTile - 1) / kTile)), dim3(kThreads), 0, stream, f, p,
-              loop.numel);
+  PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>((loop.numel + kTile - 1) / kTile)), dim3(kThreads),
+              0, stream, f, p, loop.numel);
 }
 
 template <int kFast, int kOut, int kIn, class F, class Slow>
-inline void map(Stream stream, const char* op, const F& f, const Slow& slow, const Out (&outs)[kOut],
-                const View (&ins)[kIn]) {
+inline void map(Stream stream, const char* op, const F& f, const Slow& slow,
+                const Out (&outs)[kOut], const View (&ins)[kIn]) {
   const View* views[kOut + kIn];
   for (int k = 0; k < kOut; ++k) views[k] = &outs[k];
   for (int k = 0; k < kIn; ++k) views[kOut + k] = &ins[k];
   const Loop<kOut + kIn> loop = collapse<kOut + kIn>(op, views);
   if (loop.numel == 0) return;
   bool flat = loop.flat();
-  for (int k = 0; k < kOut + kIn; ++k) flat = flat && reinterpret_cast<uintptr_t>(loop.data[k]) % 16 == 0;
+  for (int k = 0; k < kOut + kIn; ++k)
+    flat = flat && reinterpret_cast<uintptr_t>(loop.data[k]) % 16 == 0;
   dispatch_float(op, outs[0].dtype, [&](auto zero) {
     using T = decltype(zero);
     if (!flat) return map_loop<T, kFast, kOut, kIn>(stream, f, slow, loop, 0);

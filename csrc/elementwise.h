@@ -1,6 +1,6 @@
-// The CPU skeleton of every elementwise kernel: one pass over tensors of any strides, in vectors, in
-// parallel. F is called as f(in, out, index): arrays of one register per operand, and the position of the
-// first lane in the output's memory.
+// The CPU skeleton of every elementwise kernel: one pass over tensors of any strides, in vectors,
+// in parallel. F is called as f(in, out, index): arrays of one register per operand, and the
+// position of the first lane in the output's memory.
 #pragma once
 
 #include "loop.h"
@@ -10,18 +10,19 @@
 namespace pydl {
 inline namespace PYDL_ISA {
 
-constexpr int64_t kGrain = 16384;      // elements worth waking a thread for
+constexpr int64_t kGrain = 16384;  // elements worth waking a thread for
 constexpr int kPrefetchBytes = 4096;
 
-// Computes n elements that lie in one run in every operand. The only code that is made anew for each
-// formula and type: the loops around it see it as a RunFn.
+// Computes n elements that lie in one run in every operand. The only code that is made anew for
+// each formula and type: the loops around it see it as a RunFn.
 template <class T, class F, int kOut, int kIn>
-__attribute__((noinline)) void map_run(const void* functor, void* const* outs, const void* const* ins,
-                                       int64_t n, int64_t index, bool stream) {
+__attribute__((noinline)) void map_run(const void* functor, void* const* outs,
+                                       const void* const* ins, int64_t n, int64_t index,
+                                       bool stream) {
   using V = typename Lanes<T>::type;
   constexpr int kWidth = Lanes<T>::count;
-  // Four cache lines are computed before four are stored: a store past the cache waits for a full line,
-  // and one line at a time leaves the memory idle between them.
+  // Four cache lines are computed before four are stored: a store past the cache waits for a full
+  // line, and one line at a time leaves the memory idle between them.
   constexpr int kPerLine = 64 / static_cast<int>(sizeof(T)), kLines = 4, kBlock = kLines * kPerLine;
   const F& f = *static_cast<const F*>(functor);
   T* out[kOut];
@@ -46,7 +47,8 @@ __attribute__((noinline)) void map_run(const void* functor, void* const* outs, c
         }
         for (int k = 0; k < kOut; ++k) put<kLines>(out[k] + i, y[k], stream);
         for (int line = 0; stream && line < kLines; ++line) {
-          for (int k = 0; k < kIn; ++k) prefetch(in[k] + i + line * kPerLine + kPrefetchBytes / sizeof(T));
+          for (int k = 0; k < kIn; ++k)
+            prefetch(in[k] + i + line * kPerLine + kPrefetchBytes / sizeof(T));
         }
       }
     }
@@ -96,7 +98,8 @@ inline void map_strided(RunFn run, const void* functor, void* const* out, const 
     run(functor, to, from, count, index + begin, false);
     for (int k = 0; k < kOut; ++k) {
       if (steps[k] == 1) continue;
-      for (int64_t j = 0; j < count; ++j) static_cast<Unit*>(out[k])[(begin + j) * steps[k]] = buffers[k][j];
+      for (int64_t j = 0; j < count; ++j)
+        static_cast<Unit*>(out[k])[(begin + j) * steps[k]] = buffers[k][j];
     }
   }
 }

@@ -9,8 +9,8 @@ namespace {
 void gated_act_fwd(Stream stream, Out y, View gate, View up, int64_t act, double parameter) {
   check_activation("gated_act", act);
   with_activation(act, parameter, [&](auto f) {
-    map<kBothFast, 1, 2>(stream, "gated_act", GatedForward<decltype(f)>{f}, GatedForward<AnyActivation>{any_of(f)},
-                         {y}, {gate, up});
+    map<kBothFast, 1, 2>(stream, "gated_act", GatedForward<decltype(f)>{f},
+                         GatedForward<AnyActivation>{any_of(f)}, {y}, {gate, up});
   });
 }
 

@@ -38,14 +38,17 @@ inline Loop<N> collapse(const char* op, const View* const (&views)[N]) {
     if (!same) fail("%s: tensor %d differs from tensor 0 in shape or dtype", op, i);
   }
   loop.numel = first.numel;
-  // Insertion sort by the first operand's strides, largest outermost; dimensions of size 1 drop out.
+  // Insertion sort by the first operand's strides, largest outermost; dimensions of size 1 drop
+  // out.
   constexpr int kTorchDims = 64;
   int order[kTorchDims], count = 0;
-  if (first.ndim > kTorchDims) fail("%s: tensors have %d dimensions, at most 64 work", op, first.ndim);
+  if (first.ndim > kTorchDims)
+    fail("%s: tensors have %d dimensions, at most 64 work", op, first.ndim);
   for (int d = 0; d < first.ndim; ++d) {
     if (first.sizes[d] == 1) continue;
     int at = count++;
-    for (; at > 0 && first.strides[order[at - 1]] < first.strides[d]; --at) order[at] = order[at - 1];
+    for (; at > 0 && first.strides[order[at - 1]] < first.strides[d]; --at)
+      order[at] = order[at - 1];
     order[at] = d;
   }
   int n = 0;

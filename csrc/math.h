@@ -1,5 +1,5 @@
-// The scalar formulas, each written once for CUDA threads and for CPU vectors: V is float, double or a
-// register of floats.  An activation has
+// The scalar formulas, each written once for CUDA threads and for CPU vectors: V is float, double
+// or a register of floats.  An activation has
 //   forward(x)           the value,
 //   backward(dy, s)      dy * f'(x), where s is what was saved: x, or the value where kSavesOutput.
 // Parameters are doubles, narrowed at use. One exponential and one reciprocal an element at most.
@@ -46,8 +46,8 @@ template <class V>
 struct Logistic {
   V value, slope;
 };
-// 1 / (1 + e^-x) and its derivative. The exponential is of -|x|, so that nothing overflows, and the derivative
-// is not formed from 1 - value, which cancels.
+// 1 / (1 + e^-x) and its derivative. The exponential is of -|x|, so that nothing overflows, and the
+// derivative is not formed from 1 - value, which cancels.
 template <class V>
 PYDL_HD Logistic<V> logistic_and_slope(V x) {
   const V e = exponential(-magnitude(x));
@@ -70,8 +70,9 @@ template <class V>
 struct Normal {
   V cdf, pdf;
 };
-// The normal distribution function and density. Tail: exp(-a^2/2) t P(t) with t = 1 / (1 + 0.33 a), the form
-// of Abramowitz and Stegun 26.2.17; P is a minimax fit of degree 8 on a <= 14.5, relative error 6.1e-8.
+// The normal distribution function and density. Tail: exp(-a^2/2) t P(t) with t = 1 / (1 + 0.33 a),
+// the form of Abramowitz and Stegun 26.2.17; P is a minimax fit of degree 8 on a <= 14.5, relative
+// error 6.1e-8.
 template <class V>
 PYDL_HD Normal<V> normal(V x) {
   const V a = at_most(magnitude(x), 14.4);
@@ -222,7 +223,8 @@ struct GeluTanh {
     // Past 12 the logistic is 0 or 1 in every type, and x^3 may not overflow.
     const V c = at_least(at_most(x, 12), -12);
     const V square = c * c;
-    const Logistic<V> s = logistic_and_slope(splat<V>(kTwoC) * c * (splat<V>(1) + splat<V>(kCubic) * square));
+    const Logistic<V> s =
+        logistic_and_slope(splat<V>(kTwoC) * c * (splat<V>(1) + splat<V>(kCubic) * square));
     const V inner = splat<V>(kTwoC) * (splat<V>(1) + splat<V>(3 * kCubic) * square);
     return dy * (s.value + c * s.slope * inner);
   }
@@ -271,8 +273,8 @@ struct Silu {
   }
 };
 
-// Misra 2019, arXiv 1908.08681: x tanh(log(1 + e^x)). With e = e^x and n = e^2 + 2e the tanh is n / (n + 2),
-// and its derivative 4 e (e + 1) / (n + 2)^2. Past 20 the tanh is 1 in fp32 (40 in fp64).
+// Misra 2019, arXiv 1908.08681: x tanh(log(1 + e^x)). With e = e^x and n = e^2 + 2e the tanh is n /
+// (n + 2), and its derivative 4 e (e + 1) / (n + 2)^2. Past 20 the tanh is 1 in fp32 (40 in fp64).
 struct Mish {
   static constexpr int kNumber = 11;
   static constexpr bool kSavesOutput = false;
@@ -322,18 +324,30 @@ PYDL_HD V backward_from_input(const F& f, V dy, V x) {
 template <class Body>
 PYDL_HD auto with_activation(int64_t act, double parameter, const Body& body) {
   switch (act) {
-    case Sigmoid::kNumber: return body(Sigmoid{});
-    case Tanh::kNumber: return body(Tanh{});
-    case Relu::kNumber: return body(Relu{});
-    case LeakyRelu::kNumber: return body(LeakyRelu{parameter});
-    case Elu::kNumber: return body(Elu{parameter});
-    case Selu::kNumber: return body(Selu{});
-    case Gelu::kNumber: return body(Gelu{});
-    case GeluTanh::kNumber: return body(GeluTanh{});
-    case Silu::kNumber: return body(Silu{});
-    case Swish::kNumber: return body(Swish{parameter});
-    case Mish::kNumber: return body(Mish{});
-    default: return body(Identity{});
+    case Sigmoid::kNumber:
+      return body(Sigmoid{});
+    case Tanh::kNumber:
+      return body(Tanh{});
+    case Relu::kNumber:
+      return body(Relu{});
+    case LeakyRelu::kNumber:
+      return body(LeakyRelu{parameter});
+    case Elu::kNumber:
+      return body(Elu{parameter});
+    case Selu::kNumber:
+      return body(Selu{});
+    case Gelu::kNumber:
+      return body(Gelu{});
+    case GeluTanh::kNumber:
+      return body(GeluTanh{});
+    case Silu::kNumber:
+      return body(Silu{});
+    case Swish::kNumber:
+      return body(Swish{parameter});
+    case Mish::kNumber:
+      return body(Mish{});
+    default:
+      return body(Identity{});
   }
 }
 
@@ -353,7 +367,8 @@ struct AnyActivation {
 };
 template <class V>
 PYDL_HD V backward_from_input(const AnyActivation& any, V dy, V x) {
-  return with_activation(any.act, any.parameter, [&](auto f) { return backward_from_input(f, dy, x); });
+  return with_activation(any.act, any.parameter,
+                         [&](auto f) { return backward_from_input(f, dy, x); });
 }
 
 // A functor's parameter, 0 where it has none.

@@ -1,5 +1,6 @@
-// Python's side of the kernels: every Entry of the registry becomes torch.ops.pydl_<backend>.<name>, called
-// boxed; tensors become Views; device, stream, dtype and errors are seen to here. No kernel is named here.
+// Python's side of the kernels: every Entry of the registry becomes
+// torch.ops.pydl_<backend>.<name>, called boxed; tensors become Views; device, stream, dtype and
+// errors are seen to here. No kernel is named here.
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -59,15 +60,18 @@ int machine_level() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
   return avx512 ? 2 : avx2 ? 1 : 0;
 #else
   return 0;
 #endif
 }
 
-const char* level_name(int level) { return level == 2 ? "avx512" : level == 1 ? "avx2" : "baseline"; }
+const char* level_name(int level) {
+  return level == 2 ? "avx512" : level == 1 ? "avx2" : "baseline";
+}
 
 // What the machine has, or less where PYDL_CPU_LEVEL asks for less.
 int chosen_level() {
@@ -77,8 +81,8 @@ int chosen_level() {
   for (int level = 0; level <= 2; ++level) {
     if (std::string(wanted) != level_name(level)) continue;
     if (level > most) {
-      throw std::runtime_error(std::string("pydl: PYDL_CPU_LEVEL is ") + wanted + ", but this CPU has " +
-                               level_name(most) + " at most");
+      throw std::runtime_error(std::string("pydl: PYDL_CPU_LEVEL is ") + wanted +
+                               ", but this CPU has " + level_name(most) + " at most");
     }
     return level;
   }
@@ -117,13 +121,26 @@ struct Function {
     for (size_t i = 0; i < count(); ++i) {
       if (i > 0) text += ", ";
       switch (entry->kinds[i]) {
-        case 'o': text += std::string("Tensor(") + alias++ + "!) "; break;
-        case 'v': text += "Tensor "; break;
-        case 'm': text += "Tensor? "; break;
-        case 'd': text += "float "; break;
-        case 'i': text += "int "; break;
-        case 'b': text += "bool "; break;
-        default: throw std::logic_error("pydl: " + name + " has an argument of a type without a schema");
+        case 'o':
+          text += std::string("Tensor(") + alias++ + "!) ";
+          break;
+        case 'v':
+          text += "Tensor ";
+          break;
+        case 'm':
+          text += "Tensor? ";
+          break;
+        case 'd':
+          text += "float ";
+          break;
+        case 'i':
+          text += "int ";
+          break;
+        case 'b':
+          text += "bool ";
+          break;
+        default:
+          throw std::logic_error("pydl: " + name + " has an argument of a type without a schema");
       }
       text += arguments[i];
     }
@@ -133,16 +150,23 @@ struct Function {
 
 DType dtype_of(const Function& function, size_t i, const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return DType::f32;
-    case at::kHalf: return DType::f16;
-    case at::kBFloat16: return DType::bf16;
-    case at::kDouble: return DType::f64;
+    case at::kFloat:
+      return DType::f32;
+    case at::kHalf:
+      return DType::f16;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kDouble:
+      return DType::f64;
     case at::kBool:
-    case at::kByte: return DType::u8;
-    case at::kLong: return DType::i64;
+    case at::kByte:
+      return DType::u8;
+    case at::kLong:
+      return DType::i64;
     default:
       fail("%s: %s is of dtype %s, wants float32, float16, bfloat16, float64, uint8, bool or int64",
-           function.name.c_str(), function.arguments[i].c_str(), c10::toString(tensor.scalar_type()));
+           function.name.c_str(), function.arguments[i].c_str(),
+           c10::toString(tensor.scalar_type()));
   }
 }
 
@@ -174,11 +198,14 @@ struct Kernel final : c10::OperatorKernel {
         if (tensor.device() != device || device.type() != function.device) {
           fail("%s: %s is on %s, wants %s", function.name.c_str(), function.arguments[i].c_str(),
                tensor.device().str().c_str(),
-               (device.type() == function.device ? device : c10::Device(function.device)).str().c_str());
+               (device.type() == function.device ? device : c10::Device(function.device))
+                   .str()
+                   .c_str());
         }
         View& view = args[i].view;
         view.dtype = dtype_of(function, i, tensor);
-        view.data = kind == 'o' ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+        view.data =
+            kind == 'o' ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
         view.ndim = static_cast<int32_t>(tensor.dim());
         view.numel = tensor.numel();
         view.sizes = tensor.sizes().data();
@@ -237,15 +264,18 @@ void register_ops() {
     Function function(entry);
     torch::Library& lib = library(entry->backend);
     lib.def(function.schema().c_str(), {at::Tag::pt2_compliant_tag});
-    const auto key_of = function.device == c10::DeviceType::CUDA ? c10::DispatchKey::CUDA
-                                                                 : c10::DispatchKey::CPU;
+    const auto key_of =
+        function.device == c10::DeviceType::CUDA ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
     const size_t count = function.count();
     lib.impl(entry->name,
-             torch::dispatch(key_of, torch::CppFunction::makeFromBoxedKernel(c10::BoxedKernel::makeFromFunctor(
-                                         std::make_unique<Kernel>(std::move(function))))));
-    lib.impl(entry->name, torch::dispatch(c10::DispatchKey::Meta,
-                                          torch::CppFunction::makeFromBoxedKernel(
-                                              c10::BoxedKernel::makeFromFunctor(std::make_unique<Traced>(count)))));
+             torch::dispatch(
+                 key_of, torch::CppFunction::makeFromBoxedKernel(c10::BoxedKernel::makeFromFunctor(
+                             std::make_unique<Kernel>(std::move(function))))));
+    lib.impl(
+        entry->name,
+        torch::dispatch(c10::DispatchKey::Meta,
+                        torch::CppFunction::makeFromBoxedKernel(
+                            c10::BoxedKernel::makeFromFunctor(std::make_unique<Traced>(count)))));
   }
 }
 
@@ -259,21 +289,27 @@ PyObject* empty_like(PyObject*, PyObject* argument) {
     }
     const at::Tensor& like = THPVariable_Unpack(argument);
     using c10::DispatchKey;
-    const c10::DispatchKeySet wrapped{DispatchKey::Python, DispatchKey::FuncTorchBatched,
-                                      DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize,
-                                      DispatchKey::Sparse, DispatchKey::Quantized};
-    const bool plain = like.is_cpu() && like.layout() == at::kStrided && !like.key_set().has_any(wrapped);
+    const c10::DispatchKeySet wrapped{DispatchKey::Python,
+                                      DispatchKey::FuncTorchBatched,
+                                      DispatchKey::FuncTorchGradWrapper,
+                                      DispatchKey::Functionalize,
+                                      DispatchKey::Sparse,
+                                      DispatchKey::Quantized};
+    const bool plain =
+        like.is_cpu() && like.layout() == at::kStrided && !like.key_set().has_any(wrapped);
     if (!plain || static_cast<int64_t>(like.nbytes()) < kPoolMinimum || pool_info().cap == 0) {
       return THPVariable_Wrap(at::empty_like(like.detach()));
     }
     at::Tensor made;
     if (like.is_non_overlapping_and_dense()) {
       made = at::detail::empty_strided_generic(like.sizes(), like.strides(), pool(),
-                                               c10::DispatchKeySet(DispatchKey::CPU), like.scalar_type());
+                                               c10::DispatchKeySet(DispatchKey::CPU),
+                                               like.scalar_type());
     } else {
       const at::Tensor shape = at::empty_like(like.detach(), like.options().device(at::kMeta));
       made = at::detail::empty_strided_generic(shape.sizes(), shape.strides(), pool(),
-                                               c10::DispatchKeySet(DispatchKey::CPU), like.scalar_type());
+                                               c10::DispatchKeySet(DispatchKey::CPU),
+                                               like.scalar_type());
     }
     return THPVariable_Wrap(made);
   } catch (const std::exception& error) {
@@ -293,18 +329,24 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("entries", [] {
     std::vector<std::tuple<std::string, std::string, std::string, std::string>> list;
     for (const auto& [key, entry] : chosen_entries()) {
-      list.emplace_back(entry->backend, entry->name, Function(entry).schema(), level_name(entry->level));
+      list.emplace_back(entry->backend, entry->name, Function(entry).schema(),
+                        level_name(entry->level));
     }
     return list;
   });
   m.def("cpu_level", [] { return std::string(level_name(chosen_level())); });
   m.def("machine_level", [] { return std::string(level_name(machine_level())); });
-  m.def("set_stream_bytes", [](int64_t bytes) { std::swap(stream_bytes, bytes); return bytes; });
+  m.def("set_stream_bytes", [](int64_t bytes) {
+    std::swap(stream_bytes, bytes);
+    return bytes;
+  });
 #if !defined(PYDL_EMULATION)
   m.def("pool_info", [] {
     const PoolInfo info = pool_info();
-    return std::map<std::string, int64_t>{{"cap", info.cap},       {"cached", info.cached},
-                                          {"in_use", info.in_use}, {"reused", info.reused},
+    return std::map<std::string, int64_t>{{"cap", info.cap},
+                                          {"cached", info.cached},
+                                          {"in_use", info.in_use},
+                                          {"reused", info.reused},
                                           {"requests", info.requests}};
   });
   m.def("pool_empty", &pool_empty);

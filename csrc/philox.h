@@ -1,5 +1,6 @@
-// Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Element i of a tensor
-// takes word i % 4 of the block with counter (i / 4, offset) and key seed, on every backend alike.
+// Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Element i of a
+// tensor takes word i % 4 of the block with counter (i / 4, offset) and key seed, on every backend
+// alike.
 #pragma once
 
 #include "math.h"
@@ -43,7 +44,8 @@ PYDL_HD uint32_t pick(const uint32_t (&words)[4], int64_t i) {
   return lane == 0 ? words[0] : lane == 1 ? words[1] : lane == 2 ? words[2] : words[3];
 }
 
-// The factor of every lane of V, the first at element `index`: 0 where it is dropped, else the scale.
+// The factor of every lane of V, the first at element `index`: 0 where it is dropped, else the
+// scale.
 #if defined(__CUDACC__) || defined(PYDL_EMULATION)
 template <class V>
 PYDL_DEVICE V keep(const Dropout& dropout, int64_t index) {
@@ -82,7 +84,8 @@ inline Dropout dropout_of(const char* op, const View& seed, double p) {
   if (seed.numel != 2 || seed.dtype != DType::i64) fail("%s: seed must be two int64 values", op);
   const double threshold = p * 4294967296.0;
   return {static_cast<const int64_t*>(seed.data),
-          static_cast<uint32_t>(threshold < 4294967295.0 ? threshold : 4294967295.0), p < 1 ? 1 / (1 - p) : 0};
+          static_cast<uint32_t>(threshold < 4294967295.0 ? threshold : 4294967295.0),
+          p < 1 ? 1 / (1 - p) : 0};
 }
 
 }  // namespace PYDL_ISA

@@ -1,5 +1,5 @@
-// How (outer, channels, inner) is cut into the pieces that are summed on their own: first along the outer
-// dimension, then along the inner one where the outer has too few.
+// How (outer, channels, inner) is cut into the pieces that are summed on their own: first along the
+// outer dimension, then along the inner one where the outer has too few.
 #pragma once
 
 #include "cuda.h"

@@ -102,7 +102,9 @@ struct PoolAllocator final : c10::Allocator {
     void* data = block->data;
     return {data, block.release(), &release, c10::Device(c10::DeviceType::CPU)};
   }
-  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    std::memcpy(to, from, bytes);
+  }
 };
 
 }  // namespace

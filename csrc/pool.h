@@ -1,6 +1,7 @@
-// A pool of large CPU blocks. Touching a fresh 64 MiB costs more than most elementwise kernels take, because
-// the system maps and clears page by page and gives them back at the next free; blocks kept here are in huge
-// pages and stay mapped. Capped, thread-safe, emptied by a call, and off where the cap is 0.
+// A pool of large CPU blocks. Touching a fresh 64 MiB costs more than most elementwise kernels
+// take, because the system maps and clears page by page and gives them back at the next free;
+// blocks kept here are in huge pages and stay mapped. Capped, thread-safe, emptied by a call, and
+// off where the cap is 0.
 #pragma once
 
 #include <cstddef>

@@ -124,12 +124,13 @@ struct Erased<Fn, void (*)(Stream, A...)> {
 }  // namespace PYDL_ISA
 }  // namespace pydl
 
-// The function comes last and may hold commas: EXPORT(cpu, relu_fwd, "y, x", unary_fwd<Relu, double>).
-#define EXPORT(backend, name, names, ...)                                                     \
-  namespace {                                                                                 \
-  struct PYDL_CONCAT(Export_, name) {                                                         \
-    using Call = ::pydl::Erased<&__VA_ARGS__>;                                                \
+// The function comes last and may hold commas: EXPORT(cpu, relu_fwd, "y, x", unary_fwd<Relu,
+// double>).
+#define EXPORT(backend, name, names, ...)                                                       \
+  namespace {                                                                                   \
+  struct PYDL_CONCAT(Export_, name) {                                                           \
+    using Call = ::pydl::Erased<&__VA_ARGS__>;                                                  \
     ::pydl::Entry entry{#backend, #name, names, Call::kinds, &Call::call, PYDL_LEVEL, nullptr}; \
-    PYDL_CONCAT(Export_, name)() { ::pydl::enlist(&entry); }                                  \
-  } PYDL_CONCAT(export_, name);                                                               \
+    PYDL_CONCAT(Export_, name)() { ::pydl::enlist(&entry); }                                    \
+  } PYDL_CONCAT(export_, name);                                                                 \
   }

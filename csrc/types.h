@@ -1,5 +1,5 @@
-// Storage types and their conversions. Arithmetic is done in the accumulation type: float for fp32, fp16
-// and bf16, double for fp64; a value is rounded once, at the store.
+// Storage types and their conversions. Arithmetic is done in the accumulation type: float for fp32,
+// fp16 and bf16, double for fp64; a value is rounded once, at the store.
 #pragma once
 
 #include <cstdint>
@@ -93,7 +93,8 @@ PYDL_HD float16 from_float<float16>(float x) {
   if (rest > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
   if (rest >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
   if (rest < 0x38800000u) {
-    // Adding 0.5 moves the bits of a subnormal result to the mantissa's end, rounded to nearest even.
+    // Adding 0.5 moves the bits of a subnormal result to the mantissa's end, rounded to nearest
+    // even.
     const uint32_t moved = float_bits(bits_float(rest) + 0.5f) - 0x3f000000u;
     return {static_cast<uint16_t>(sign | moved)};
   }
@@ -112,11 +113,16 @@ PYDL_HD V splat(double x) {
 template <class Body>
 inline void dispatch_float(const char* op, DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::f32: return body(float{});
-    case DType::f16: return body(float16{});
-    case DType::bf16: return body(bfloat16{});
-    case DType::f64: return body(double{});
-    default: fail("%s: wants float32, float16, bfloat16 or float64 tensors", op);
+    case DType::f32:
+      return body(float{});
+    case DType::f16:
+      return body(float16{});
+    case DType::bf16:
+      return body(bfloat16{});
+    case DType::f64:
+      return body(double{});
+    default:
+      fail("%s: wants float32, float16, bfloat16 or float64 tensors", op);
   }
 }
 

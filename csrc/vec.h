@@ -1,5 +1,5 @@
-// Vectors for the CPU kernels: one register of the level that the file is compiled for, as a GCC vector
-// type, so that a formula of math.h reads the same for a vector as for a float.
+// Vectors for the CPU kernels: one register of the level that the file is compiled for, as a GCC
+// vector type, so that a formula of math.h reads the same for a vector as for a float.
 #pragma once
 
 #include "types.h"
@@ -46,8 +46,8 @@ PYDL_HD void store(float* p, vfloat x) { *reinterpret_cast<vfloat_any*>(p) = x; 
 PYDL_HD double load(const double* p) { return *p; }
 PYDL_HD void store(double* p, double x) { *p = x; }
 
-// GCC 12 takes conversions between vectors of different widths apart lane by lane; these are one instruction
-// or two.
+// GCC 12 takes conversions between vectors of different widths apart lane by lane; these are one
+// instruction or two.
 PYDL_HD vuint widen(vshort x) {
 #if PYDL_LEVEL == 2
   return (vuint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);
@@ -81,7 +81,8 @@ PYDL_HD void store(bfloat16* p, vfloat x) { *reinterpret_cast<vshort_any*>(p) = 
 
 PYDL_HD vfloat load(const float16* p) {
 #if PYDL_LEVEL == 2
-  return (vfloat)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (vfloat)_mm512_maskz_cvtph_ps(0xffff,
+                                       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif PYDL_LEVEL == 1
   return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -125,12 +126,15 @@ PYDL_HD void stream64(T* p, const vfloat* x) {
     for (int i = 0; i < 64 / kVectorBytes; ++i) {
       const vshort low = round_to(p, x[2 * i]), high = round_to(p, x[2 * i + 1]);
 #if PYDL_LEVEL == 2
-      const __m512i pair = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
+      const __m512i pair =
+          _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
       _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pair);
 #elif PYDL_LEVEL == 1
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(p + i * 16), _mm256_set_m128i((__m128i)high, (__m128i)low));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p + i * 16),
+                          _mm256_set_m128i((__m128i)high, (__m128i)low));
 #else
-      const __m128i pair = _mm_unpacklo_epi64(_mm_set_epi64x(0, (int64_t)low), _mm_set_epi64x(0, (int64_t)high));
+      const __m128i pair =
+          _mm_unpacklo_epi64(_mm_set_epi64x(0, (int64_t)low), _mm_set_epi64x(0, (int64_t)high));
       _mm_stream_si128(reinterpret_cast<__m128i*>(p + i * 8), pair);
 #endif
     }
@@ -149,7 +153,8 @@ PYDL_HD void put(T* p, const typename Lanes<T>::type* x, bool stream) {
 #if PYDL_STREAMS
   if constexpr (sizeof(T) <= 4) {
     if (stream) {
-      for (int line = 0; line < kLines; ++line) stream64(p + line * kPerLine, x + line * (kPerLine / kWidth));
+      for (int line = 0; line < kLines; ++line)
+        stream64(p + line * kPerLine, x + line * (kPerLine / kWidth));
       return;
     }
   }
@@ -196,7 +201,8 @@ PYDL_HD double add_lanes(double x) { return x; }
 PYDL_HD double lane(vfloat x, int64_t i) { return x[i]; }
 PYDL_HD double lane(double x, int64_t) { return x; }
 
-// 1 / d for d in [1, 2^126]: an estimate of 12 to 14 bits and a Newton step, within 1.5 units of the last place.
+// 1 / d for d in [1, 2^126]: an estimate of 12 to 14 bits and a Newton step, within 1.5 units of
+// the last place.
 PYDL_HD vfloat reciprocal(vfloat d) {
 #if PYDL_LEVEL == 2
   const vfloat r = (vfloat)_mm512_maskz_rcp14_ps(0xffff, (__m512)d);
@@ -241,7 +247,8 @@ struct Reduced {
   vint exponent;
 };
 PYDL_HD Reduced reduce_ln2(vfloat x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  const float magic =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   const vfloat shifted = x * 1.44269504f + magic;
   const vfloat n = shifted - magic;
 #if PYDL_LEVEL > 0
@@ -254,8 +261,8 @@ PYDL_HD Reduced reduce_ln2(vfloat x) {
 }
 PYDL_HD vfloat power_of_two(vint exponent) { return (vfloat)((exponent + 127) << 23); }
 
-// e^x for x <= 88 within 2 units of the last place; 0, subnormals and NaN as they should be. The polynomial is a
-// minimax fit on |r| <= ln 2 / 2, relative error 9.3e-8.
+// e^x for x <= 88 within 2 units of the last place; 0, subnormals and NaN as they should be. The
+// polynomial is a minimax fit on |r| <= ln 2 / 2, relative error 9.3e-8.
 PYDL_HD vfloat exponential(vfloat x) {
   const Reduced t = reduce_ln2(at_least(x, -105));
   vfloat p = 0.00829005878f - vfloat{};
@@ -272,8 +279,8 @@ PYDL_HD vfloat exponential(vfloat x) {
 #endif
 }
 
-// e^x - 1 for x <= 80, accurate near 0 too: (e^r - 1 - r) / r^2 is a minimax fit, 1.4e-8 in the relative error of
-// e^r - 1.
+// e^x - 1 for x <= 80, accurate near 0 too: (e^r - 1 - r) / r^2 is a minimax fit, 1.4e-8 in the
+// relative error of e^r - 1.
 PYDL_HD vfloat exponential_minus_one(vfloat x) {
   const Reduced t = reduce_ln2(at_least(x, -20));
   vfloat q = 0.00138824975f - vfloat{};

@@ -6,9 +6,16 @@ from collections.abc import Callable
 
 import triton
 import triton.language as tl
+from pydl.kernels.common import (
+    act_backward,
+    act_forward,
+    add_partials,
+    block_of,
+    like,
+    logistic,
+    rounded,
+)
 from torch import Tensor
-
-from pydl.kernels.common import act_backward, act_forward, add_partials, block_of, like, logistic, rounded
 
 
 @triton.jit
@@ -49,14 +56,18 @@ def learnt_backward(dy, x, p, SWISH: tl.constexpr):
 
 
 @triton.jit
-def learnt_fwd_kernel(y, x, parameter, n, channels, inner, SWISH: tl.constexpr, BLOCK: tl.constexpr):
+def learnt_fwd_kernel(
+    y, x, parameter, n, channels, inner, SWISH: tl.constexpr, BLOCK: tl.constexpr
+):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     inside = i < n - start
     channel = (start + i) // inner % channels
     value = tl.load(x + start + i, mask=inside, other=0.0).to(tl.float32)
     p = tl.load(parameter + channel, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + start + i, rounded(learnt_forward(value, p, SWISH), y.dtype.element_ty), mask=inside)
+    tl.store(
+        y + start + i, rounded(learnt_forward(value, p, SWISH), y.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
@@ -131,14 +142,16 @@ def _unary(act: int) -> tuple[Callable[..., None], Callable[..., None]]:
         dy, saved = like(dx, dy, saved)
         block, warps = block_of(dx.numel())
         grid = (triton.cdiv(dx.numel(), block),)
-        unary_bwd_kernel[grid](dx, dy, saved, dx.numel(), float(p), ACT=act, BLOCK=block, num_warps=warps)
+        unary_bwd_kernel[grid](
+            dx, dy, saved, dx.numel(), float(p), ACT=act, BLOCK=block, num_warps=warps
+        )
 
     return forward, backward
 
 
 def channel_of(y: Tensor, parameter: Tensor) -> tuple[int, int]:
-    """(channels, inner) of a parameter that is expanded to the shape of y: element i of y's memory has channel
-    i // inner % channels."""
+    """(channels, inner) of a parameter that is expanded to the shape of y: element i of y's memory
+    has channel i // inner % channels."""
     for d in range(y.dim()):
         if parameter.stride(d) != 0 and y.shape[d] > 1:
             return y.shape[d], y.stride(d)
@@ -182,8 +195,8 @@ def _learnt(swish: bool) -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 _NUMBERS = {
-    "sigmoid": 1, "tanh": 2, "relu": 3, "leaky_relu": 4, "elu": 5, "selu": 6, "gelu": 7, "gelu_tanh": 8,
-    "silu": 9, "swish": 10, "mish": 11,
+    "sigmoid": 1, "tanh": 2, "relu": 3, "leaky_relu": 4, "elu": 5, "selu": 6,
+    "gelu": 7, "gelu_tanh": 8,    "silu": 9, "swish": 10, "mish": 11,
 }  # fmt: skip
 EXPORTS: dict[str, Callable[..., None]] = {}
 for _name, _act in _NUMBERS.items():

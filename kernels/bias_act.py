@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pydl.kernels.activation import channel_of, pieces_of
 from pydl.kernels.common import (
     act_backward_from_input,
@@ -19,6 +17,7 @@ from pydl.kernels.common import (
     rounded,
     threshold,
 )
+from torch import Tensor
 
 
 @triton.jit
@@ -40,12 +39,14 @@ def fwd_kernel(
 
 @triton.jit
 def bwd_kernel(
-    dx, partials, dy, x, bias, seed, outer, channels, inner, outer_pieces, inner_pieces, p, limit, scale,
+    dx, partials, dy, x, bias, seed, outer, channels, inner, outer_pieces, inner_pieces,
+    p, limit, scale,
     ACT: tl.constexpr, DROPOUT: tl.constexpr, COLUMNS_FIRST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of ROWS x COLUMNS: rows of all channels where these are innermost (inner is 1), else a part of the
-    inner dimension for ROWS of the outer one, of one channel. Grid: (blocks of channels or channels, pieces)."""
+    """Tiles of ROWS x COLUMNS: rows of all channels where these are innermost (inner is 1), else a
+    part of the inner dimension for ROWS of the outer one, of one channel. Grid: (blocks of channels
+    or channels, pieces)."""
     piece = tl.program_id(1).to(tl.int64)
     of_outer = piece // inner_pieces
     begin = outer * of_outer // outer_pieces
@@ -85,7 +86,9 @@ def bwd_kernel(
         c = left + tl.arange(0, COLUMNS)
         tl.store(partials + piece * channels + c, total.to(tl.float64), mask=c < right)
     else:
-        tl.store(partials + piece * channels + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0))
+        tl.store(
+            partials + piece * channels + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0)
+        )
 
 
 def _fwd(
@@ -104,8 +107,8 @@ def _fwd(
 
 
 def _bwd(
-    dx: Tensor, total: Tensor, partials: Tensor, dy: Tensor, x: Tensor, bias: Tensor, seed: Tensor | None,
-    act: int, p: float, dropout_p: float,
+    dx: Tensor, total: Tensor, partials: Tensor, dy: Tensor, x: Tensor, bias: Tensor,
+    seed: Tensor | None, act: int, p: float, dropout_p: float,
 ) -> None:  # fmt: skip
     outer, channels, inner = x.shape
     if channels == 0:
@@ -115,9 +118,11 @@ def _bwd(
     count = cut[0] * cut[1]
     rows, columns = (16, 64) if first else (1, 512)
     bwd_kernel[(triton.cdiv(channels, columns) if first else channels, count)](
-        dx, partials, dy, x, bias, seed if seed is not None else x, outer, channels, inner, *cut, float(p),
+        dx, partials, dy, x, bias, seed if seed is not None else x, outer, channels, inner, *cut,
+        float(p),
         threshold(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-        ACT=act, DROPOUT=dropout_p > 0, COLUMNS_FIRST=first, ROWS=rows, COLUMNS=columns, num_warps=4,
+        ACT=act, DROPOUT=dropout_p > 0, COLUMNS_FIRST=first, ROWS=rows, COLUMNS=columns,
+        num_warps=4,
     )  # fmt: skip
     add_partials(total, partials[:count])
 

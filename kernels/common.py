@@ -1,4 +1,5 @@
-"""What the Triton kernels share: formulas, Philox and the skeletons' host side. See csrc/math.h for the formulas.
+"""What the Triton kernels share: formulas, Philox and the skeletons' host side. See csrc/math.h for
+the formulas.
 
 Programs compute their start in 64 bits and everything inside a block in 32.
 """
@@ -11,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 
 # The interpreter cuts fp32 off where it makes bf16 of it; a GPU rounds.
 _ROUND_BY_HAND = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -105,7 +105,8 @@ def act_forward(x, p, ACT: tl.constexpr):
 
 @triton.jit
 def act_backward(dy, s, p, ACT: tl.constexpr):
-    """dy f'(x); s is x, or f(x) for sigmoid, tanh and relu (the sign of either decides for leaky relu)."""
+    """dy f'(x); s is x, or f(x) for sigmoid, tanh and relu (the sign of either decides for leaky
+    relu)."""
     if ACT == 1:
         return dy * (1.0 - s) * s
     elif ACT == 2:
@@ -117,7 +118,9 @@ def act_backward(dy, s, p, ACT: tl.constexpr):
     elif ACT == 5:
         return tl.where(s <= 0, dy * p * tl.exp(at_most(s, 0.0)), dy)
     elif ACT == 6:
-        return dy * tl.where(s <= 0, 1.7580993408473766 * tl.exp(at_most(s, 0.0)), 1.0507009873554805)
+        return dy * tl.where(
+            s <= 0, 1.7580993408473766 * tl.exp(at_most(s, 0.0)), 1.0507009873554805
+        )
     elif ACT == 7:
         cdf, pdf = normal(s)
         return dy * (cdf + s * pdf)
@@ -152,7 +155,8 @@ def act_backward_from_input(dy, x, p, ACT: tl.constexpr):
 
 @triton.jit
 def dropout_factor(seed, index, threshold, scale):
-    """0 where element `index` is dropped, else the scale; `seed` points to (seed, offset). See csrc/philox.h."""
+    """0 where element `index` is dropped, else the scale; `seed` points to (seed, offset). See
+    csrc/philox.h."""
     key = tl.load(seed)
     offset = tl.load(seed + 1)
     block = index // 4
@@ -188,7 +192,9 @@ def add_partials_kernel(total, partials, channels, pieces, BLOCK: tl.constexpr):
 def add_partials(total: Tensor, partials: Tensor) -> None:
     """total: (channels); partials: (pieces, channels), fp64."""
     pieces, channels = partials.shape
-    add_partials_kernel[(triton.cdiv(channels, 32),)](total, partials, channels, pieces, BLOCK=32, num_warps=1)
+    add_partials_kernel[(triton.cdiv(channels, 32),)](
+        total, partials, channels, pieces, BLOCK=32, num_warps=1
+    )
 
 
 def like(out: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -197,5 +203,6 @@ def like(out: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 
 def block_of(n: int) -> tuple[int, int]:
-    """(elements a program computes, warps): small tensors get small blocks to spread over the multiprocessors."""
+    """(elements a program computes, warps): small tensors get small blocks to spread over the
+    multiprocessors."""
     return (1024, 4) if n >= 1 << 18 else (256, 2)

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pydl.kernels.common import act_backward_from_input, act_forward, block_of, like, rounded
+from torch import Tensor
 
 
 @triton.jit
@@ -31,7 +30,9 @@ def bwd_kernel(dgate, dup, dy, gate, up, n, p, ACT: tl.constexpr, BLOCK: tl.cons
     u = tl.load(up + start + i, mask=inside, other=0.0).to(tl.float32)
     dg = act_backward_from_input(d * u, g, p, ACT)
     tl.store(dgate + start + i, rounded(dg, dgate.dtype.element_ty), mask=inside)
-    tl.store(dup + start + i, rounded(d * act_forward(g, p, ACT), dup.dtype.element_ty), mask=inside)
+    tl.store(
+        dup + start + i, rounded(d * act_forward(g, p, ACT), dup.dtype.element_ty), mask=inside
+    )
 
 
 def _fwd(y: Tensor, gate: Tensor, up: Tensor, act: int, p: float) -> None:

@@ -21,9 +21,9 @@ def load() -> Any:
             "Remedy: pip install --no-build-isolation . (or -e .), or leave the source folder if "
             "pydl is installed elsewhere"
         ) from error
-    check(BUILT["torch"], torch.__version__)
+    check(str(BUILT["torch"]), torch.__version__)
     try:
-        from pydl import _C
+        from pydl import _C  # type: ignore[attr-defined]
     except ImportError as error:
         raise ImportError(
             f"pydl: the compiled extension does not load: {error}. Remedy: build it again: "

@@ -1,8 +1,9 @@
-"""From kernels to differentiable ops: one `torch.autograd.Function` per op, the same for all backends.
+"""From kernels to differentiable ops: one `torch.autograd.Function` per op, the same for all
+backends.
 
-An op states a `Rule`: how its kernels are called forward and backward, and its plain-PyTorch definition. What
-autograd asks beyond one backward pass is derived from the definition, so that it holds for every op alike:
-double and higher backward, forward-mode derivatives and vmap.
+An op states a `Rule`: how its kernels are called forward and backward, and its plain-PyTorch
+definition. What autograd asks beyond one backward pass is derived from the definition, so that it
+holds for every op alike: double and higher backward, forward-mode derivatives and vmap.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class Rule:
         name: The op.
         tensors: How many tensors come first among the arguments; scalars follow.
         forward: `(backend, *tensors, *scalars) -> Tensor`, by kernels.
-        backward: `(backend, dy, saved, scalars, needs) -> a gradient per tensor`, by kernels. Never writes `saved`;
-            may return None where `needs` is false.
+        backward: `(backend, dy, saved, scalars, needs) -> a gradient per tensor`, by kernels. Never
+            writes `saved`; may return None where `needs` is false.
         reference: `(*tensors, *scalars) -> Tensor` in plain PyTorch.
         saves_output: Backward needs the output only; else it gets the tensors.
-        derivative: `(dy, saved, scalars) -> a gradient per tensor` in plain differentiable PyTorch; needed where
-            the output is saved, else derived from `reference`.
+        derivative: `(dy, saved, scalars) -> a gradient per tensor` in plain differentiable PyTorch;
+            needed where the output is saved, else derived from `reference`.
         pointwise: All tensors have the output's shape and elements do not meet.
     """
 
@@ -75,21 +76,34 @@ def _stack(results: list[Any]) -> tuple[Any, Any]:
     """Results of a loop over a batch, as vmap wants them: with the batch first."""
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
-    columns = [None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True)]
+    columns = [
+        None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True)
+    ]
     return tuple(columns), tuple(None if c is None else 0 for c in columns)
 
 
-def _over_batch(apply: Callable, pointwise: bool, size: int, dims: tuple, args: tuple) -> tuple[Any, Any]:
+def _over_batch(
+    apply: Callable, pointwise: bool, size: int, dims: tuple, args: tuple
+) -> tuple[Any, Any]:
     """vmap of a Function: at once where elements do not meet, else one slice after the other."""
     if pointwise:
         moved = [
-            arg.movedim(dim, 0) if dim is not None else arg.expand(size, *arg.shape) if isinstance(arg, Tensor) else arg
+            arg.movedim(dim, 0)
+            if dim is not None
+            else arg.expand(size, *arg.shape)
+            if isinstance(arg, Tensor)
+            else arg
             for arg, dim in zip(args, dims, strict=True)
         ]
         out = apply(*moved)
         return out, 0 if isinstance(out, Tensor) else tuple(None if o is None else 0 for o in out)
     results = [
-        apply(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, dims, strict=True)))
+        apply(
+            *(
+                arg if dim is None else arg.select(dim, i)
+                for arg, dim in zip(args, dims, strict=True)
+            )
+        )
         for i in range(size)
     ]
     return _stack(results)
@@ -134,7 +148,8 @@ def make(rule: Rule) -> Callable[..., Tensor]:
                 ]
                 first = derivative(rule, leaves[0], leaves[1:], ctx.scalars)
                 pairs = [
-                    (d, g) for d, g in zip(first, second, strict=True)
+                    (d, g)
+                    for d, g in zip(first, second, strict=True)
                     if d is not None and g is not None and d.requires_grad
                 ]
                 inputs = [t for t, need in zip(leaves, wanted, strict=True) if need]
@@ -191,8 +206,8 @@ def make(rule: Rule) -> Callable[..., Tensor]:
 
     Forward.__name__ = Forward.__qualname__ = "".join(part.title() for part in rule.name.split("_"))
     Backward.__name__ = Backward.__qualname__ = Forward.__name__ + "Gradient"
-    # Function.apply binds default arguments by inspection, which takes longer than a small kernel; outside of
-    # functorch its base does all that is needed.
+    # Function.apply binds default arguments by inspection, which takes longer than a small kernel;
+    # outside of functorch its base does all that is needed.
     plain_apply = super(Function, Forward).apply
 
     def call(backend: str, *args: Any) -> Tensor:

@@ -1,9 +1,10 @@
 """Who computes: which backends are there and why others are not, and which one serves a call.
 
-`torch` is the native PyTorch function, `reference` the plain definition that everything is judged by, and
-`cpu`, `cuda` and `triton` are pydl's kernels. The order of precedence is: the argument `backend=`, then
-`use_backend(...)`, then the environment's `PYDL_BACKEND`, then automatic: the fastest measured for the device,
-dtype and size (see `calibration.py`). A choice by name never falls back to another backend.
+`torch` is the native PyTorch function, `reference` the plain definition that everything is judged
+by, and `cpu`, `cuda` and `triton` are pydl's kernels. The order of precedence is: the argument
+`backend=`, then `use_backend(...)`, then the environment's `PYDL_BACKEND`, then automatic: the
+fastest measured for the device, dtype and size (see `calibration.py`). A choice by name never falls
+back to another backend.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def unavailable(name: str) -> str | None:
     """Why a backend cannot be used on this machine, or None if it can."""
     if name == "cuda" and not cuda_devices():
         if not any(backend == "cuda" for backend, *_ in C.entries()):
-            return "pydl was built without CUDA (nvcc and a CUDA build of torch make it); see PYDL_CUDA"
+            return "pydl was built without CUDA (it takes nvcc and a CUDA build of torch); see PYDL_CUDA"
         return "torch sees no CUDA device"
     if name == "triton":
         try:
@@ -194,13 +195,17 @@ def choose(
     if missing := unavailable(name):
         reasons.append(missing)
     elif first.device.type not in serves(name):
-        reasons.append(f"it serves {' and '.join(serves(name))} tensors, input is on {first.device}")
+        reasons.append(
+            f"it serves {' and '.join(serves(name))} tensors, input is on {first.device}"
+        )
     if name == "triton":
         dtypes = tuple(d for d in dtypes if d != torch.float64)
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in dtypes:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            reasons.append(f"tensor {i} has dtype {str(tensor.dtype).removeprefix('torch.')}, wants {wanted}")
+            reasons.append(
+                f"tensor {i} has dtype {str(tensor.dtype).removeprefix('torch.')}, wants {wanted}"
+            )
         elif tensor.dtype != first.dtype:
             reasons.append(f"tensor {i} has dtype {tensor.dtype}, but the input has {first.dtype}")
         if tensor.device != first.device:
@@ -208,7 +213,9 @@ def choose(
         if tensor.layout != torch.strided or tensor.is_nested:
             reasons.append(f"tensor {i} is not a dense strided tensor")
     if reasons:
-        raise RuntimeError(f"pydl: {op}: backend {name!r} cannot serve this call: " + "; ".join(reasons))
+        raise RuntimeError(
+            f"pydl: {op}: backend {name!r} cannot serve this call: " + "; ".join(reasons)
+        )
     return name
 
 

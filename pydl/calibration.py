@@ -1,7 +1,9 @@
-"""From which size on a kernel beats native PyTorch, as measured: `python -m bench --calibrate` rewrites it.
+"""From which size on a kernel beats native PyTorch, as measured: `python -m bench --calibrate`
+rewrites it.
 
-The table ships as `calibration.json`; the environment's `PYDL_CALIBRATION` names another file. Its form:
-{device: {op: {dtype: [backend, elements, elements with gradient]}}}; a size of -1 means never.
+The table ships as `calibration.json`; the environment's `PYDL_CALIBRATION` names another file. Its
+form: {device: {op: {dtype: [backend, elements, elements with gradient]}}}; a size of -1 means
+never.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def read() -> dict[tuple[str, str, torch.dtype], Limits]:
                     table[device, op, getattr(torch, dtype)] = (backend, sizes[0], sizes[1])
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"pydl: {path} is not a calibration table ({error!r}); remedy: python -m bench --calibrate"
+            f"pydl: {path} is not a calibration table ({error!r}); "
+            "remedy: python -m bench --calibrate"
         ) from error
     return table
 

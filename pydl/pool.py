@@ -1,8 +1,8 @@
 """The pool that large CPU outputs come from.
 
-Mapping and clearing fresh memory takes longer than most elementwise kernels; blocks of 1 MiB and more that
-pydl allocated are kept for reuse when their tensor dies, up to a cap: 1 GiB, or the environment's
-`PYDL_POOL_BYTES`; 0 turns the pool off.
+Mapping and clearing fresh memory takes longer than most elementwise kernels; blocks of 1 MiB and
+more that pydl allocated are kept for reuse when their tensor dies, up to a cap: 1 GiB, or the
+environment's `PYDL_POOL_BYTES`; 0 turns the pool off.
 """
 
 from __future__ import annotations

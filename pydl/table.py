@@ -148,10 +148,11 @@ def judge(
 ) -> tuple[bool, float, float]:
     """Whether a result is right: (it is, its largest error, the largest error allowed).
 
-    The error is measured against the definition in fp64 and may be twice that of native PyTorch in the same
-    dtype, plus one unit of the last place (sixteen in fp64, where the reference is rounded itself) of the largest
-    value, or of the spread that a sum of so many terms of order one has, if that is larger: a single sum may come
-    out near zero, and native PyTorch near it by luck. Where the reference is not finite the result must be the same.
+    The error is measured against the definition in fp64 and may be twice that of native PyTorch in
+    the same dtype, plus one unit of the last place (sixteen in fp64, where the reference is rounded
+    itself) of the largest value, or of the spread that a sum of so many terms of order one has, if
+    that is larger: a single sum may come out near zero, and native PyTorch near it by luck. Where
+    the reference is not finite the result must be the same.
 
     Args:
         out: What is judged.
@@ -163,7 +164,8 @@ def judge(
         return False, float("inf"), 0.0
     got, want, native = out.double().cpu(), reference.double().cpu(), same.double().cpu()
     info = torch.finfo(out.dtype)
-    # What overflows the dtype is infinite in it; what native PyTorch loses to inf - inf is not held against us.
+    # What overflows the dtype is infinite in it; what native PyTorch loses to inf - inf is not held
+    # against us.
     want = torch.where(want.abs() > info.max, want.sign() * float("inf"), want)
     odd = ~want.isfinite()
     if not torch.equal(got[odd].nan_to_num(7.0), want[odd].nan_to_num(7.0)):

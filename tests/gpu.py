@@ -1,5 +1,6 @@
-"""The tests that need a GPU, for `make gpu-test`: with pytest where it is installed, and in any case what plain Python
-can check there, so that a bare machine with torch, Triton and nvcc will do. Writes gpu_tests.json."""
+"""The tests that need a GPU, for `make gpu-test`: with pytest where it is installed, and in any
+case what plain Python can check there, so that a bare machine with torch, Triton and nvcc will do.
+Writes gpu_tests.json."""
 
 from __future__ import annotations
 
@@ -91,7 +92,9 @@ def second_gpu(backend: str) -> None:
         print("    not tested: there is one GPU")
         return
     x = torch.randn(1000, device="cuda:1")
-    assert torch.allclose(functional.silu(x, backend=backend), torch.nn.functional.silu(x), atol=1e-6)
+    assert torch.allclose(
+        functional.silu(x, backend=backend), torch.nn.functional.silu(x), atol=1e-6
+    )
 
 
 CHECKS: tuple[Callable[[str], None], ...] = (
@@ -128,16 +131,26 @@ def main() -> int:
                 print(error)
             spent = time.perf_counter() - start
             print(f"{'FAILED' if error else 'ok    '} {backend} {check.__name__} ({spent:.1f} s)")
-            results.append({"backend": backend, "check": check.__name__, "ok": not error, "error": error})
+            results.append(
+                {"backend": backend, "check": check.__name__, "ok": not error, "error": error}
+            )
     if importlib.util.find_spec("pytest"):
-        suite = [f"tests/{name}.py" for name in ("test_parity", "test_gradients", "test_opcheck", "test_compile")]
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "cuda or triton", *suite])
-        results.append({"backend": "both", "check": "pytest", "ok": done.returncode == 0, "error": ""})
+        suite = [
+            f"tests/{name}.py"
+            for name in ("test_parity", "test_gradients", "test_opcheck", "test_compile")
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-k", "cuda or triton", *suite]
+        )
+        results.append(
+            {"backend": "both", "check": "pytest", "ok": done.returncode == 0, "error": ""}
+        )
     else:
         print("pytest is not installed: the suite under tests/ was not run, the checks above were")
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        "pydl": pydl.__version__, "torch": torch.__version__, "device": torch.cuda.get_device_name(),
+        "pydl": pydl.__version__, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
         "ops": list(TABLE), "results": results,
     }  # fmt: skip
     (folder / "gpu_tests.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,5 +1,6 @@
-"""Every .cu file compiles with nvcc for sm_80, sm_90a and sm_100, warnings as errors, without spills, and the disassembly
-shows that contiguous data moves 16 bytes at a time. No GPU is needed."""
+"""Every .cu file compiles with nvcc for sm_80, sm_90a and sm_100, warnings as errors, without
+spills, and the disassembly shows that contiguous data moves 16 bytes at a time. No GPU is
+needed."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "csrc").glob("*.cu"))
 ARCHS = ("80", "90a", "100")
 # Kernels of the 16-byte way; the others serve what is strided, misaligned or rare.
-_WIDE = re.compile(r"map_flat_kernel|map_strided_kernel.*Li[48]EE|sum_(columns|rows)_kernel.*Li[48]EE")
+_WIDE = re.compile(
+    r"map_flat_kernel|map_strided_kernel.*Li[48]EE|sum_(columns|rows)_kernel.*Li[48]EE"
+)
 
 
 def _nvcc() -> str:
@@ -52,7 +55,9 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], t
                 "--expt-extended-lambda", "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills",
                 f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(file), "-o", str(out),
             ]  # fmt: skip
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
             running[file.stem, arch] = (process, out)
     while running:
         finish()
@@ -63,7 +68,10 @@ def test_no_spills_nor_local_memory(objects: dict[tuple[str, str], tuple[Path, s
     bad = []
     for key, (_, report) in objects.items():
         entries = re.findall(
-            r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report, re.S
+            r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, "
+            r"(\d+) bytes spill stores, (\d+) bytes",
+            report,
+            re.S,
         )
         assert entries, f"{key}: ptxas reported nothing"
         bad += [(key, name) for name, *sizes in entries if any(size != "0" for size in sizes)]
@@ -77,13 +85,18 @@ def test_accesses_are_16_bytes(objects: dict[tuple[str, str], tuple[Path, str]])
     for (stem, arch), (path, _) in objects.items():
         if arch != "90a":
             continue
-        text = subprocess.run([dump, "--dump-sass", path], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [dump, "--dump-sass", path], capture_output=True, text=True, check=True
+        ).stdout
         for function in text.split("Function : ")[1:]:
             name = function.split("\n", 1)[0]
             if not _WIDE.search(name) or "IdN" in name:  # fp64 is not tuned
                 continue
             checked += 1
-            loads, stores = re.findall(r"LDG\.E\.128", function), re.findall(r"STG\.E\.128", function)
+            loads, stores = (
+                re.findall(r"LDG\.E\.128", function),
+                re.findall(r"STG\.E\.128", function),
+            )
             if not loads or not stores:
                 bad.append((stem, name))
     assert checked > 20

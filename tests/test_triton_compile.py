@@ -1,5 +1,5 @@
-"""Every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, with no GPU: full registers' worth of
-bytes per access where the data is aligned, and no spills."""
+"""Every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, with no GPU: full
+registers' worth of bytes per access where the data is aligned, and no spills."""
 
 from __future__ import annotations
 
@@ -15,14 +15,24 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 CAPABILITIES = (80, 90, 100)
 
-# Name -> (module, kernel, pointers, fp64 pointers, integers, floats, constants). Pointers but the fp64 and `seed` are
-# of the dtype under test.
+# Name -> (module, kernel, pointers, fp64 pointers, integers, floats, constants). Pointers but the
+# fp64 and `seed` are of the dtype under test.
 _ACTS = (2, 7, 8)
 KERNELS = {
-    **{f"unary_fwd {a}": ("activation", "unary_fwd_kernel", {"ACT": a, "BLOCK": 1024}) for a in _ACTS},
-    **{f"unary_bwd {a}": ("activation", "unary_bwd_kernel", {"ACT": a, "BLOCK": 1024}) for a in _ACTS},
+    **{
+        f"unary_fwd {a}": ("activation", "unary_fwd_kernel", {"ACT": a, "BLOCK": 1024})
+        for a in _ACTS
+    },
+    **{
+        f"unary_bwd {a}": ("activation", "unary_bwd_kernel", {"ACT": a, "BLOCK": 1024})
+        for a in _ACTS
+    },
     "learnt_fwd": ("activation", "learnt_fwd_kernel", {"SWISH": True, "BLOCK": 1024}),
-    "learnt_columns": ("activation", "learnt_columns_kernel", {"SWISH": True, "ROWS": 16, "COLUMNS": 64}),
+    "learnt_columns": (
+        "activation",
+        "learnt_columns_kernel",
+        {"SWISH": True, "ROWS": 16, "COLUMNS": 64},
+    ),
     "learnt_rows": ("activation", "learnt_rows_kernel", {"SWISH": False, "BLOCK": 1024}),
     "bias_fwd": ("bias_act", "fwd_kernel", {"ACT": 7, "DROPOUT": False, "BLOCK": 1024}),
     "bias_fwd dropout": ("bias_act", "fwd_kernel", {"ACT": 7, "DROPOUT": True, "BLOCK": 1024}),
@@ -41,7 +51,17 @@ KERNELS = {
     "add_partials": ("common", "add_partials_kernel", {"BLOCK": 32}),
 }
 _FLOATS = {"p", "scale"}
-_COUNTS = {"n", "rows", "outer", "channels", "inner", "pieces", "outer_pieces", "inner_pieces", "limit"}
+_COUNTS = {
+    "n",
+    "rows",
+    "outer",
+    "channels",
+    "inner",
+    "pieces",
+    "outer_pieces",
+    "inner_pieces",
+    "limit",
+}
 
 # Run in a process of its own: the interpreter, which other tests use, replaces the compiler.
 _SCRIPT = """
@@ -68,7 +88,9 @@ def _signature(module: str, name: str, dtype: str, constants: dict) -> dict[str,
     text = (Path(__file__).parents[1] / "kernels" / f"{module}.py").read_text()
     found = re.search(rf"def {name}\((.*?)\):", text, re.S)
     assert found, name
-    arguments = [a.split(":")[0].strip() for a in found.group(1).replace("\n", " ").split(",") if a.strip()]
+    arguments = [
+        a.split(":")[0].strip() for a in found.group(1).replace("\n", " ").split(",") if a.strip()
+    ]
     kinds = {}
     for argument in arguments:
         if argument in constants:
@@ -94,11 +116,23 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int
                 out = folder / f"{label.replace(' ', '_')}.{dtype}.{capability}.cubin"
                 made[label, dtype, capability] = out
                 jobs.append(
-                    (label, module, name, _signature(module, name, dtype, constants), constants, capability, str(out))
+                    (
+                        label,
+                        module,
+                        name,
+                        _signature(module, name, dtype, constants),
+                        constants,
+                        capability,
+                        str(out),
+                    )
                 )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT], input=json.dumps(jobs), capture_output=True, text=True, env=environment
+        [sys.executable, "-c", _SCRIPT],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return made
@@ -112,7 +146,9 @@ def test_no_spills(cubins: dict[tuple[str, str, int], Path]) -> None:
     dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     bad = []
     for key, path in cubins.items():
-        text = subprocess.run([dump, "--dump-resource-usage", path], capture_output=True, text=True).stdout
+        text = subprocess.run(
+            [dump, "--dump-resource-usage", path], capture_output=True, text=True
+        ).stdout
         used = re.search(r"REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", text)
         assert used, text
         if used.group(1) != "0" or used.group(2) != "0":
@@ -122,7 +158,9 @@ def test_no_spills(cubins: dict[tuple[str, str, int], Path]) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_accesses_are_wide(cubins: dict[tuple[str, str, int], Path], dtype: str, capability: int) -> None:
+def test_accesses_are_wide(
+    cubins: dict[tuple[str, str, int], Path], dtype: str, capability: int
+) -> None:
     for label in ("unary_fwd 7", "unary_bwd 7", "gated_fwd", "gated_bwd"):
         ptx = Path(f"{cubins[label, dtype, capability]}.ptx").read_text()
         # 1024 elements over 128 threads: 16 bytes a thread in bf16, twice that in fp32.

@@ -1,5 +1,5 @@
-"""Builds a wheel, installs it into an environment of its own, and uses it from another folder: run by
-`make wheel-check`. Also installs the source folder without -e."""
+"""Builds a wheel, installs it into an environment of its own, and uses it from another folder: run
+by `make wheel-check`. Also installs the source folder without -e."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         run(
-            sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, ROOT
+            sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps",
+            "-w", folder, ROOT
         )  # fmt: skip
         (wheel,) = folder.glob("pydl-*.whl")
         other = folder / "venv"
@@ -51,7 +52,8 @@ def main() -> None:
         run(python, "-m", "pydl", "check", "--ops", "gelu,prelu", "--backends", "cpu", cwd=folder)
         run(python, "-m", "pip", "uninstall", "-q", "-y", "pydl")
         run(
-            sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-build-isolation", "--no-deps", ROOT
+            sys.executable, "-m", "pip", "--python", python, "install", "-q", 
+            "--no-build-isolation", "--no-deps", ROOT
         )  # fmt: skip
         run(python, "-c", USE, cwd=folder)
     print("wheel-check: the wheel and the plain install work from other folders")

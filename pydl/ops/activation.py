@@ -163,14 +163,17 @@ def _unary(
 
 def _dense(x: Tensor) -> bool:
     """Whether every element has memory of its own, which a kernel may overwrite."""
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 SIGMOID = _unary("sigmoid", _sigmoid, _sigmoid_slope)
 TANH = _unary("tanh", _tanh, _tanh_slope)
 RELU = _unary("relu", _relu, _relu_slope)
 LEAKY_RELU = _unary("leaky_relu", _leaky_relu)
-# With a slope of 0 or more the output has the sign of the input, and is alive as the next layer's input.
+# With a slope of 0 or more the output has the sign of the input, and is alive as the next layer's
+# input.
 LEAKY_RELU_OUT = _unary("leaky_relu", _leaky_relu, _leaky_relu_slope)
 ELU = _unary("elu", _elu)
 SELU = _unary("selu", _selu)
@@ -225,7 +228,8 @@ def relu(input: Tensor, inplace: bool = False, *, backend: str | None = None) ->
         backend: Who computes; see `pydl.backends`.
 
     Returns:
-        A tensor like `input`. Saves its output for backward, which the next layer keeps alive anyway.
+        A tensor like `input`. Saves its output for backward, which the next layer keeps alive
+        anyway.
     """
     chosen = choose("relu", backend, input)
     return F.relu(input, inplace) if chosen == "torch" else _run(RELU, chosen, inplace, input)
@@ -247,7 +251,8 @@ def leaky_relu(
         backend: Who computes; see `pydl.backends`.
 
     Returns:
-        A tensor like `input`. Saves its output for backward (its input where the slope is negative).
+        A tensor like `input`. Saves its output for backward (its input where the slope is
+        negative).
     """
     chosen = choose("leaky_relu", backend, input)
     if chosen == "torch":
@@ -377,7 +382,8 @@ def swish(input: Tensor, beta: float | Tensor = 1.0, *, backend: str | None = No
     Raises:
         RuntimeError: `beta` is a tensor that fits neither.
 
-    Source: Ramachandran et al. 2017, arXiv 1710.05941. torch has no such function; its `silu` is beta = 1.
+    Source: Ramachandran et al. 2017, arXiv 1710.05941. torch has no such function; its `silu` is
+        beta = 1.
     """
     if not isinstance(beta, Tensor):
         chosen = choose("swish", backend, input)

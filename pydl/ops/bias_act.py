@@ -38,7 +38,9 @@ ACTIVATIONS: dict[str, tuple[int, float, Any, Any]] = {
     "swish": (10, 1.0, act_ops._swish, act_ops._swish),
     "mish": (11, 0.0, lambda x, p: act_ops._mish(x), lambda x, p: F.mish(x)),
 }
-_BY_NUMBER = {number: (definition, native) for number, _, definition, native in ACTIVATIONS.values()}
+_BY_NUMBER = {
+    number: (definition, native) for number, _, definition, native in ACTIVATIONS.values()
+}
 
 
 def named(op: str, act: str, parameter: float | None) -> tuple[int, float]:
@@ -91,8 +93,8 @@ def _reference(
 
 
 def _forward(
-    backend: str, x: Tensor, bias: Tensor, seed: Tensor | None, act: int, parameter: float, p: float,
-    dim: int,
+    backend: str, x: Tensor, bias: Tensor, seed: Tensor | None, act: int, parameter: float,
+    p: float, dim: int,
 ) -> Tensor:  # fmt: skip
     x = x.contiguous() if p > 0 else x
     y = empty_like(x)
@@ -136,13 +138,16 @@ def bias_act(
     Args:
         input: Any shape and strides.
         bias: One value for each index of dimension `dim`, of the input's dtype; None for zeros.
-        act: identity, sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, swish or mish.
-        dropout_p: The probability that an element becomes 0; the others grow by `1 / (1 - dropout_p)`.
+        act: identity, sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, swish or
+            mish.
+        dropout_p: The probability that an element becomes 0; the others grow by `1 / (1 -
+            dropout_p)`.
         training: Without it nothing is dropped.
-        act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their defaults.
+        act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their
+            defaults.
         dim: The bias' dimension: -1 after a linear layer, 1 after a convolution.
-        seed: Two int64 values on the input's device that decide what is dropped, alike on every backend;
-            drawn from torch's generator where None.
+        seed: Two int64 values on the input's device that decide what is dropped, alike on every
+            backend; drawn from torch's generator where None.
         backend: Who computes; see `pydl.backends`.
 
     Returns:
@@ -161,8 +166,8 @@ def bias_act(
         bias = input.new_zeros(size)
     if bias.dim() != 1 or bias.numel() != size or not input.dim():
         raise RuntimeError(
-            f"pydl: bias_act: bias has shape {tuple(bias.shape)}, wants ({size},) for dimension {dim} "
-            f"of an input of shape {tuple(input.shape)}, which must have a dimension"
+            f"pydl: bias_act: bias has shape {tuple(bias.shape)}, wants ({size},) "
+            f"for dimension {dim} of an input of shape {tuple(input.shape)}, which must have a dimension"
         )
     input, bias = lowered(input, bias)
     if bias.dtype != input.dtype:
@@ -175,7 +180,9 @@ def bias_act(
     dim = dim % input.dim()
     if chosen == "torch":
         y = native(number, parameter)(input + _broadcast(input, bias, dim))
-        return y if p == 0 else y * dropout_factors(input.shape, seed, p).to(y.dtype)
+        if p == 0 or seed is None:
+            return y
+        return y * dropout_factors(input.shape, seed, p).to(y.dtype)
     args = (input, bias, seed if p > 0 else None, number, parameter, p, dim)
     return autograd.in_reference(_RULE, *args) if chosen == "reference" else _call(chosen, *args)
 
@@ -196,7 +203,11 @@ def _native(
     y = native(number, parameter)(x + _broadcast(x, bias, dim))
     if dropout_p == 0 or not training:
         return y
-    return F.dropout(y, dropout_p) if seed is None else y * dropout_factors(x.shape, seed, dropout_p).to(y.dtype)
+    return (
+        F.dropout(y, dropout_p)
+        if seed is None
+        else y * dropout_factors(x.shape, seed, dropout_p).to(y.dtype)
+    )
 
 
 def _samples(make: Make) -> Iterator[Case]:
@@ -211,7 +222,9 @@ def _samples(make: Make) -> Iterator[Case]:
     yield Case("one", (make(1), make(1), "mish"))
     yield Case("rows", (make(700, 1037), make(1037), "relu"))
     yield Case("dropout", (make(61, 133), make(133), "gelu", 0.3), {"seed": seed})
-    yield Case("dropout, channels", (make(3, 5, 7, 11), make(5), "relu", 0.5), {"seed": seed, "dim": 1})
+    yield Case(
+        "dropout, channels", (make(3, 5, 7, 11), make(5), "relu", 0.5), {"seed": seed, "dim": 1}
+    )
     yield Case("all dropped", (make(4, 9), make(9), "tanh", 1.0), {"seed": seed})
     yield Case("eval", (make(4, 9), make(9), "tanh", 0.5, False))
 

@@ -1,4 +1,5 @@
-"""Tensors seen as (outer, channels, inner), as the kernels want them that sum over all but the channels."""
+"""Tensors seen as (outer, channels, inner), as the kernels want them that sum over all but the
+channels."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Channels:
 
 
 def sums(folded: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
-    """Where kernels put a gradient summed per channel: (the sums, fp64 scratch of (pieces, channels)).
+    """Where kernels put a gradient summed per channel: (the sums, fp64 scratch of (pieces,
+    channels)).
 
     The number of pieces depends on sizes only, so that the same bits come out each time.
     """

@@ -48,8 +48,10 @@ def gated_act(
     Args:
         gate: Any shape, strides and floating dtype.
         up: Of the shape and dtype of `gate`; strides may differ.
-        act: silu (SwiGLU), gelu (GEGLU), relu (ReGLU), mish, sigmoid (GLU), or any other of `bias_act`.
-        act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their defaults.
+        act: silu (SwiGLU), gelu (GEGLU), relu (ReGLU), mish, sigmoid (GLU), or any other of
+            `bias_act`.
+        act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their
+            defaults.
         backend: Who computes; see `pydl.backends`.
 
     Returns:
@@ -81,7 +83,9 @@ def _definition(
     return _reference(gate, up, *named("gated_act", act, act_param))
 
 
-def _native(gate: Tensor, up: Tensor, act: str = "silu", *, act_param: float | None = None) -> Tensor:
+def _native(
+    gate: Tensor, up: Tensor, act: str = "silu", *, act_param: float | None = None
+) -> Tensor:
     return native(*named("gated_act", act, act_param))(gate) * up
 
 
@@ -93,7 +97,9 @@ def _samples(make: Make) -> Iterator[Case]:
     yield Case("halves of one tensor", (halves[:, :66], halves[:, 66:]))
     for layout in ("transposed", "channels_last", "sliced", "expanded", "offset"):
         yield Case(f"{layout}, and contiguous", (make(2, 6, 5, 9, layout=layout), make(2, 6, 5, 9)))
-        yield Case(f"contiguous, and {layout}", (make(2, 6, 5, 9), make(2, 6, 5, 9, layout=layout), "gelu"))
+        yield Case(
+            f"contiguous, and {layout}", (make(2, 6, 5, 9), make(2, 6, 5, 9, layout=layout), "gelu")
+        )
     yield Case("empty", (make(0, 8), make(0, 8)))
     yield Case("one", (make(1), make(1), "mish"))
     yield Case("many", (make(3, 20011), make(3, 20011)))

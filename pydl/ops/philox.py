@@ -1,7 +1,8 @@
 """The random bits of dropout: Philox4x32-10 (Salmon et al. 2011), the same on every backend.
 
-Element i of a tensor, counted in logical order, takes word i % 4 of the block with counter (i // 4, offset) and
-key seed. `seed` is a tensor of two int64 values, (seed, offset), so that no value leaves the device.
+Element i of a tensor, counted in logical order, takes word i % 4 of the block with counter (i // 4,
+offset) and key seed. `seed` is a tensor of two int64 values, (seed, offset), so that no value
+leaves the device.
 """
 
 from __future__ import annotations
