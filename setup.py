@@ -87,8 +87,8 @@ def find_nvcc(torch) -> str | None:
         stop(
             f"nvcc is CUDA {release.group(1)}.{release.group(2)}, but torch is built for "
             f"CUDA {torch.version.cuda}",
-            "set CUDA_HOME to a toolkit of torch's major version, or set PYDL_CUDA=0 to build for the "
-            "CPU only",
+            "set CUDA_HOME to a toolkit of torch's major version, or set PYDL_CUDA=0 to build for "
+            "the CPU only",
         )
     return nvcc
 
@@ -177,7 +177,8 @@ class Build(build_ext):
             f"rule cxx\n  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc",
             f"rule nvcc\n  command = {nvcc} -std=c++20 -O3 -Xcompiler -fPIC "
-            f"--expt-relaxed-constexpr --expt-extended-lambda -Werror all-warnings $flags -MMD -MF $out.d -c $in -o $out\n"
+            f"--expt-relaxed-constexpr --expt-extended-lambda -Werror all-warnings $flags "
+            "-MMD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {compiler} -shared $in {' '.join(link)} -o $out",
         ]
@@ -199,10 +200,8 @@ class Build(build_ext):
         }
         # What the extension was built with, read before it is loaded.
         (target.parent / "_built.py").write_text(f"BUILT = {built!r}\n")
-        print(
-            f"pydl: built for the CPU{' and CUDA ' + str(torch.version.cuda) if nvcc else ' only'}, "
-            f"torch {torch.__version__}"
-        )
+        parts = f" and CUDA {torch.version.cuda}" if nvcc else " only"
+        print(f"pydl: built for the CPU{parts}, torch {torch.__version__}")
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()

@@ -48,7 +48,9 @@ def _call(op: Op) -> str:
             keyword_only = True
             shown.append("*")
         default = parameter.default
-        shown.append(parameter.name if default is parameter.empty else f"{parameter.name}={default!r}")
+        shown.append(
+            parameter.name if default is parameter.empty else f"{parameter.name}={default!r}"
+        )
     return f"{op.name}({', '.join(shown)})"
 
 
@@ -80,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The exit status is 0 if all is right, 1 if anything is wrong or nothing was checked, "
         "2 if an option cannot be met.",
     )
-    run.add_argument("--ops", type=_names, metavar="A,B", help=f"of {', '.join(TABLE)}; default: all")
+    run.add_argument(
+        "--ops", type=_names, metavar="A,B", help=f"of {', '.join(TABLE)}; default: all"
+    )
     run.add_argument(
         "--backends",
         type=_names,

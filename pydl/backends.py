@@ -99,7 +99,7 @@ def unavailable(name: str) -> str | None:
     """Why a backend cannot be used on this machine, or None if it can."""
     if name == "cuda" and not cuda_devices():
         if not any(backend == "cuda" for backend, *_ in C.entries()):
-            return "pydl was built without CUDA (it takes nvcc and a CUDA build of torch); see PYDL_CUDA"
+            return "pydl was built without CUDA: nvcc and a CUDA build of torch make it"
         return "torch sees no CUDA device"
     if name == "triton":
         try:

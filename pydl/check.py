@@ -115,7 +115,9 @@ class Line:
         )
 
 
-def _line(op: Op, backends_: Sequence[str], dtypes: Sequence[torch.dtype], device: str) -> list[Line]:
+def _line(
+    op: Op, backends_: Sequence[str], dtypes: Sequence[torch.dtype], device: str
+) -> list[Line]:
     lines = {backend: Line(op.name, backend, device) for backend in backends_}
     for dtype in dtypes:
         for case in op.cases(dtype, device) if dtype in op.dtypes else ():
@@ -175,7 +177,9 @@ def check(
                 f"pydl: check: device is {device!r}, but backend {name!r} serves {' and '.join(serves)}"
             )
     if not places:
-        raise ValueError(f"pydl: check: device is {device!r}, which no backend available here serves")
+        raise ValueError(
+            f"pydl: check: device is {device!r}, which no backend available here serves"
+        )
     for op in TABLE.values() if ops is None else (TABLE[name] for name in ops):
         for place, names in places.items():
             yield from _line(op, names, dtypes or op.dtypes, place)

@@ -89,7 +89,9 @@ def _calibration() -> Section:
     for device, op, _ in calibration.read():
         counts.setdefault(device, set()).add(op)
     if not counts:
-        return {"none": "the automatic choice is native PyTorch; remedy: python -m bench --calibrate"}
+        return {
+            "none": "the automatic choice is native PyTorch; remedy: python -m bench --calibrate"
+        }
     return {device: f"{len(ops)} ops measured" for device, ops in counts.items()}
 
 

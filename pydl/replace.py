@@ -39,7 +39,9 @@ def register_twin(torch_cls: type, pydl_cls: type) -> None:
     """
     for cls in (torch_cls, pydl_cls):
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-            raise TypeError(f"pydl: register_twin: got {cls!r}, wants a subclass of torch.nn.Module")
+            raise TypeError(
+                f"pydl: register_twin: got {cls!r}, wants a subclass of torch.nn.Module"
+            )
     if TWINS.setdefault(torch_cls, pydl_cls) is not pydl_cls:
         raise ValueError(
             f"pydl: register_twin: torch_cls is {class_name(torch_cls)}, whose twin is "
@@ -47,7 +49,19 @@ def register_twin(torch_cls: type, pydl_cls: type) -> None:
         )
 
 
-for _name in ("ELU", "GELU", "GLU", "LeakyReLU", "Mish", "PReLU", "ReLU", "SELU", "SiLU", "Sigmoid", "Tanh"):
+for _name in (
+    "ELU",
+    "GELU",
+    "GLU",
+    "LeakyReLU",
+    "Mish",
+    "PReLU",
+    "ReLU",
+    "SELU",
+    "SiLU",
+    "Sigmoid",
+    "Tanh",
+):
     register_twin(getattr(nn, _name), getattr(pydl_nn, _name))
 
 
@@ -96,7 +110,9 @@ class _Filter:
         self.name, self.patterns = name, tuple[Pattern, ...](many)
         self.unused = list(self.patterns)
         for pattern in self.patterns:
-            if isinstance(pattern, nn.Module) or not (isinstance(pattern, str) or callable(pattern)):
+            if isinstance(pattern, nn.Module) or not (
+                isinstance(pattern, str) or callable(pattern)
+            ):
                 raise TypeError(
                     f"pydl: replace: {name} has {pattern!r}, wants module types, names (with * and ?) or "
                     "functions of (path, module)"
@@ -104,7 +120,9 @@ class _Filter:
 
     def matches(self, found: Found) -> bool:
         """Whether a pattern fits the module; types and names also where they fit a container of it."""
-        fits = [p for p in self.patterns if any(self._fits(p, found.module, q) for q in found.places)]
+        fits = [
+            p for p in self.patterns if any(self._fits(p, found.module, q) for q in found.places)
+        ]
         self.unused = [p for p in self.unused if p not in fits]
         return bool(fits)
 
@@ -144,8 +162,10 @@ def _obstacle(found: Found, base: type, backend: str | None) -> str | None:
     if torch.nn.utils.parametrize.is_parametrized(module):
         return f"is a parametrized {class_name(base)}, which changes its class"
     if cls is not base:
-        own_forward = cls.forward is not base.forward
-        return f"is a subclass of {class_name(base)}" + (" with a forward of its own" if own_forward else "")
+        own_forward = getattr(cls, "forward") is not getattr(base, "forward")  # noqa: B009
+        return f"is a subclass of {class_name(base)}" + (
+            " with a forward of its own" if own_forward else ""
+        )
     if "forward" in own:
         return "has a forward of its own, set on the instance"
     if own.get("_compiled_call_impl") is not None:
@@ -195,10 +215,14 @@ def replace(
     >>> report = pydl.replace(model, exclude=["head.*", torch.nn.Sigmoid])
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"pydl: replace: model is a {type(model).__name__}, wants a torch.nn.Module")
+        raise TypeError(
+            f"pydl: replace: model is a {type(model).__name__}, wants a torch.nn.Module"
+        )
     if backend is not None:
         if backend not in NAMES:
-            raise ValueError(f"pydl: replace: backend is {backend!r}, wants one of {', '.join(NAMES)}")
+            raise ValueError(
+                f"pydl: replace: backend is {backend!r}, wants one of {', '.join(NAMES)}"
+            )
         if why := unavailable(backend):
             raise RuntimeError(f"pydl: replace: backend {backend!r} is not available: {why}")
     included, excluded = _Filter("include", include), _Filter("exclude", exclude)
@@ -220,7 +244,11 @@ def replace(
         others = ", ".join(place.path for place in found.places[1:])
         reason = "same function, fused" + (f"; shared with {others}" if others else "")
         report.replaced.append(Replaced(path, class_name(cls), class_name(twin), reason))
-        swaps.append(Swap(found.module, _twin(found.module, twin), [(q.parent, q.name) for q in found.places]))
+        swaps.append(
+            Swap(
+                found.module, _twin(found.module, twin), [(q.parent, q.name) for q in found.places]
+            )
+        )
     report.notes += included.notes() + excluded.notes()
     if not dry_run:
         report.apply(swaps, backend)
@@ -229,6 +257,6 @@ def replace(
 
 def _twin(module: nn.Module, cls: type) -> nn.Module:
     """An object of another class with the same attributes: the same dictionary, not a copy of it."""
-    twin: Any = cls.__new__(cls)
+    twin: Any = object.__new__(cls)
     object.__setattr__(twin, "__dict__", module.__dict__)
     return twin

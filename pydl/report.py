@@ -99,7 +99,9 @@ class Report:
         A place that holds something else by now is left alone. A second call does nothing.
         """
         originals = {id(swap.new): swap.old for swap in self._swaps}
-        parents = [parent for swap in self._swaps for parent, _ in swap.places if parent is not None]
+        parents = [
+            parent for swap in self._swaps for parent, _ in swap.places if parent is not None
+        ]
         for parent in (*parents, *list(self.model.modules())):
             for name, child in list(parent._modules.items()):
                 if id(child) in originals:
@@ -112,7 +114,13 @@ class Report:
 
     def __str__(self) -> str:
         modules = f"{len(self)} module{'s' if len(self) != 1 else ''}"
-        done = "would be replaced" if self.dry_run else "replaced (and undone)" if self.undone else "replaced"
+        done = (
+            "would be replaced"
+            if self.dry_run
+            else "replaced (and undone)"
+            if self.undone
+            else "replaced"
+        )
         already = sum(one.why.startswith("is pydl's already") for one in self.skipped)
         head = f"pydl.replace: {modules} {done}, {len(self.skipped)} skipped"
         if not self.replaced:
@@ -146,6 +154,10 @@ def _table(rows: list[tuple[str, list[str]]]) -> list[str]:
         few = paths if len(paths) <= 4 else [*paths[:3], f"... ({len(paths) - 3} more)"]
         indent = " " * 12
         lines += textwrap.wrap(
-            ", ".join(few), WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+            ", ".join(few),
+            WIDTH,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
         )
     return lines

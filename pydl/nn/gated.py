@@ -17,7 +17,9 @@ def _halves(name: str, input: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         raise RuntimeError(f"pydl: {name}: input has no dimension, wants 1 or more")
     size = input.size(dim)
     if size % 2:
-        raise RuntimeError(f"pydl: {name}: input has size {size} in dimension {dim}, wants an even size")
+        raise RuntimeError(
+            f"pydl: {name}: input has size {size} in dimension {dim}, wants an even size"
+        )
     first, second = input.chunk(2, dim)
     return first, second
 
@@ -209,6 +211,4 @@ class BiasAct(HasBackend, nn.Module):
 
     def extra_repr(self) -> str:
         param = "" if self.act_param is None else f", act_param={self.act_param}"
-        return (
-            f"{self.num_features}, act={self.act!r}, dropout_p={self.dropout_p}{param}, dim={self.dim}"
-        )
+        return f"{self.num_features}, act={self.act!r}, dropout_p={self.dropout_p}{param}, dim={self.dim}"

@@ -167,7 +167,8 @@ def bias_act(
     if bias.dim() != 1 or bias.numel() != size or not input.dim():
         raise RuntimeError(
             f"pydl: bias_act: bias has shape {tuple(bias.shape)}, wants ({size},) "
-            f"for dimension {dim} of an input of shape {tuple(input.shape)}, which must have a dimension"
+            f"for dimension {dim} of an input of shape {tuple(input.shape)}, which must "
+            "have a dimension"
         )
     input, bias = lowered(input, bias)
     if bias.dtype != input.dtype:
