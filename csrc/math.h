@@ -62,7 +62,9 @@ PYDL_HD V logistic(V x) {
 template <class V>
 PYDL_HD V hyperbolic_tangent(V x) {
   const V e = exponential_minus_one(at_most(magnitude(x), 20) * splat<V>(2));
-  return with_sign_of(e * reciprocal(e + splat<V>(2)), x);
+  const V r = reciprocal(e + splat<V>(2));
+  // Each form where it loses the least: the first near 0, the second near 1.
+  return with_sign_of(e < splat<V>(2) ? e * r : splat<V>(1) - splat<V>(2) * r, x);
 }
 PYDL_HD double hyperbolic_tangent(double x) { return tanh(x); }
 

@@ -77,7 +77,7 @@ def act_forward(x, p, ACT: tl.constexpr):
         return logistic(x)[0]
     elif ACT == 2:
         e = expm1(at_most(2.0 * tl.abs(x), 40.0))
-        t = e / (e + 2.0)
+        t = tl.where(e < 2.0, e / (e + 2.0), 1.0 - 2.0 / (e + 2.0))
         return tl.where(x < 0, -t, t)
     elif ACT == 3:
         return tl.where(x < 0, 0.0, x)

@@ -142,6 +142,11 @@ def serves(name: str) -> tuple[str, ...]:
     return {"cuda": cuda_devices, "triton": triton_devices}.get(name, tuple)()
 
 
+def takes(name: str, dtype: torch.dtype) -> bool:
+    """Whether a backend has kernels for a dtype: all that an op's row lists, fp64 but for Triton."""
+    return name != "triton" or dtype != torch.float64
+
+
 def kernel(backend: str, name: str) -> Any:
     """The operator `torch.ops.pydl_<backend>.<name>`."""
     try:
@@ -198,8 +203,7 @@ def choose(
         reasons.append(
             f"it serves {' and '.join(serves(name))} tensors, input is on {first.device}"
         )
-    if name == "triton":
-        dtypes = tuple(d for d in dtypes if d != torch.float64)
+    dtypes = tuple(dtype for dtype in dtypes if takes(name, dtype))
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in dtypes:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -1,4 +1,4 @@
-"""Which ops, backends and dtypes the tests loop over, and what a run tells about what it left out."""
+"""Which ops, backends and dtypes the tests loop over, and what a run tells of what it left out."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-# Read at import by Triton and pydl: the interpreter stands in for a GPU, and the choice of a backend is the tests'.
+# Triton and pydl read these at import. The interpreter stands in for a GPU; backends are the
+# tests' choice.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 for variable in ("PYDL_BACKEND", "PYDL_CALIBRATION", "PYDL_POOL_BYTES"):
     os.environ.pop(variable, None)
 
-from tests import harness  # noqa: E402
-
+from pydl.backends import takes  # noqa: E402
 from pydl.table import TABLE, Op  # noqa: E402
+from tests import harness  # noqa: E402
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -32,10 +33,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif "op" in names:
         metafunc.parametrize("op", TABLE.values(), ids=list(TABLE))
     if "inplace_op" in names:
-        ops = [op for op in TABLE.values() if "inplace" in inspect.signature(op.function).parameters]
+        ops = [
+            op for op in TABLE.values() if "inplace" in inspect.signature(op.function).parameters
+        ]
         metafunc.parametrize("inplace_op", ops, ids=[op.name for op in ops])
     if "backend" in names:
         metafunc.parametrize("backend", harness.BACKENDS, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the dtypes that a backend has no kernels for."""
+    left_out = []
+    for item in items:
+        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if "backend" in given and "dtype" in given and not takes(given["backend"], given["dtype"]):
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture
@@ -53,7 +68,9 @@ def cases(record_property: Callable[[str, object], None]) -> Callable[..., list]
     def draw(op: Op, backend: str, dtype: torch.dtype, share: float = 1.0) -> list:
         kept, dropped, most = harness.cases(op, backend, dtype, share)
         if dropped:
-            record_property("thinned", f"{harness.kind(backend)}: calls of more than {most} elements")
+            record_property(
+                "thinned", f"{harness.kind(backend)}: calls of more than {most} elements"
+            )
             record_property("thinned_count", dropped)
         return kept
 

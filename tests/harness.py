@@ -1,14 +1,14 @@
-"""What the table-driven tests share: backends, running a call with its gradients, judging, watching kernels."""
+"""What the table-driven tests share: backends, running a call with its gradients, judging."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def device(backend: str) -> str:
 
 @functools.cache
 def missing(backend: str) -> str | None:
-    """Why a backend cannot be tested here, or None; loads the emulation of CUDA where there is no GPU."""
+    """Why a backend cannot be tested here, or None; loads CUDA's emulation without a GPU."""
     if backend == "cuda" and not real_cuda():
         if not list((ROOT / "csrc").glob("*.cu")):
             return "there are no CUDA sources"
@@ -70,7 +70,7 @@ def reorder(seed: int) -> None:
 def cases(
     op: Op, backend: str, dtype: torch.dtype, share: float = 1.0
 ) -> tuple[list[Case], int, int]:
-    """(the row's samples on the backend's device, how many were too large for it, what is too large).
+    """(the row's samples on the backend's device, how many were too large, what is too large).
 
     `share` thins a slow backend further.
     """
@@ -87,7 +87,7 @@ def elements(case: Case) -> int:
 
 
 def moderate(case: Case, most: int, bound: float = 30.0) -> bool:
-    """Whether a call is small, with values that differences can be taken at, each element of its own memory."""
+    """Whether a call is small, of values to take differences at, no two elements in one place."""
     return elements(case) <= most and all(
         tensor.isfinite().all() and (tensor.numel() == 0 or tensor.abs().max() <= bound)
         and not (tensor.numel() > 1 and 0 in tensor.stride())
@@ -115,7 +115,7 @@ DY = ("like", "contiguous", "expanded", "transposed")
 
 
 def upstream(out: Tensor, dtype: torch.dtype, how: str = "like") -> Tensor:
-    """A gradient for `out`, of values that `dtype` holds, the same each time; laid out like it or otherwise."""
+    """A gradient for `out`, laid out like it or otherwise, of values that `dtype` holds."""
     generator = torch.Generator().manual_seed(out.numel())
     drawn = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
     if how == "expanded":
@@ -158,11 +158,13 @@ def _bands(reference: Tensor) -> Iterator[Tensor]:
         yield torch.ones_like(finite)
         return
     yield ~finite
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         yield finite & (size >= low) & (size < high)
 
 
-def judged(what: str, out: Tensor, reference: Tensor, same: Tensor, terms: float = 0.0) -> list[str]:
+def judged(
+    what: str, out: Tensor, reference: Tensor, same: Tensor, terms: float = 0.0
+) -> list[str]:
     """Complaints about a value: shape, dtype, `judge`."""
     if out.shape != reference.shape or out.dtype != same.dtype:
         return [f"{what}: {out.dtype} {tuple(out.shape)}, wants {same.dtype} {tuple(same.shape)}"]
@@ -181,9 +183,9 @@ def judged_gradient(
 ) -> list[str]:
     """Complaints about a gradient.
 
-    The derivative that autograd takes of a definition can be inf - inf or 0 * inf where the true one is finite, and
-    so can torch's. Where one of them is finite it decides. Where both are not, the gradient is torch's, or a number
-    unless the input is NaN.
+    The derivative that autograd takes of a definition can be inf - inf or 0 * inf where the true
+    one is finite, and so can torch's. Where one of them is finite it decides. Where neither is, the
+    gradient is torch's, or a number unless the input is NaN.
     """
     if grad.shape != reference.shape or grad.dtype != same.dtype:
         return [f"{what}: {grad.dtype} {tuple(grad.shape)}, wants {same.dtype} {tuple(same.shape)}"]
@@ -204,7 +206,7 @@ def judged_gradient(
 def compare(
     got: Sequence[Tensor], op: Op, case: Case, dtype: torch.dtype, how: str = "like"
 ) -> list[str]:
-    """Complaints about an output and its gradients against the definition in fp64 and native PyTorch."""
+    """Complaints about an output and its gradients: the judge's, all of them."""
     wanted = run(op.reference, case.to(torch.float64), dtype, how)
     native = run(op.native, case, dtype, how)
     complaints = judged("output", got[0], wanted[0], native[0])
@@ -220,116 +222,6 @@ def strides(tensor: Tensor) -> list[int]:
     if tensor.numel() == 0:
         return []
     return [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
-
-
-@contextmanager
-def intercepted(wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Every kernel that an op asks for passes through `wrap` first."""
-    original = backends.kernel
-    modules = [
-        module for name, module in list(sys.modules.items())
-        if name.startswith("pydl.") and getattr(module, "kernel", None) is original
-    ]  # fmt: skip
-    assert modules
-    for module in modules:
-        module.kernel = lambda backend, name: wrap(original(backend, name))
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.kernel = original
-
-
-def outputs(kernel: Any) -> list[bool]:
-    """Which arguments an operator writes."""
-    return [a.alias_info is not None and a.alias_info.is_write for a in kernel._schema.arguments]
-
-
-# What memory holds before a kernel writes it: a NaN, and an ordinary number; with the integer that has these bits.
-_POISON = {
-    8: (torch.int64, 0x7FF8DEADBEEFDEAD, -0x3F0123456789ABCD),
-    4: (torch.int32, 0x7FC0BEEF, -0x38BABCDF),
-    2: (torch.int16, 0x7FDE, -0x3855),
-    1: (torch.uint8, 0xA5, 0x5A),
-}
-
-
-class Guard:
-    """Runs kernels on outputs that are poisoned and lie inside of larger poisoned memory.
-
-    Args:
-        poison: 0 for NaN, 1 for a number. What a kernel leaves unwritten shows as a difference between the two.
-        shift: Elements by which outputs are moved from where vectors are aligned.
-    """
-
-    def __init__(self, poison: int = 0, shift: int = 0) -> None:
-        self.poison, self.shift = poison, shift
-        self.complaints: list[str] = []
-        self.calls = 0
-
-    def __call__(self, kernel: Any) -> Callable[..., None]:
-        def call(*args: Any) -> None:
-            self.calls += 1
-            written = outputs(kernel)
-            inside: dict[int, tuple[Tensor, Tensor]] = {}
-            for i, arg in enumerate(args):
-                if written[i] and arg is not None:
-                    inside[i] = self._embed(arg)
-            given, watched = list(args), []
-            for i, arg in enumerate(args):
-                if i in inside:
-                    given[i] = inside[i][1]
-                elif isinstance(arg, Tensor):
-                    twins = [k for k in inside if args[k].data_ptr() == arg.data_ptr() and arg.numel()]
-                    if twins:  # in place
-                        given[i] = inside[twins[0]][1].copy_(arg)
-                    else:
-                        watched.append((i, arg, arg.detach().clone(), arg._version))
-            kernel(*given)
-            for i, arg, before, version in watched:
-                if arg._version != version or not same_bits(arg, before):
-                    self.complaints.append(f"{kernel} changes argument {i}, which is an input")
-            for i, (buffer, view) in inside.items():
-                result = view.clone()
-                bits_of = buffer.view(_POISON[view.element_size()][0])
-                bits_of.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(
-                    self._pattern(view)
-                )
-                if (bits_of != self._pattern(view)).any():
-                    self.complaints.append(f"{kernel} writes outside of argument {i}")
-                args[i].copy_(result)
-
-        return call
-
-    def _pattern(self, tensor: Tensor) -> int:
-        return _POISON[tensor.element_size()][1 + self.poison]
-
-    def _embed(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """(a poisoned buffer, a view of it that looks like the tensor)."""
-        integer = _POISON[tensor.element_size()][0]
-        spans = [(n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
-        extent = sum(spans) + 1 if tensor.numel() else 0
-        margin = 1024
-        buffer = torch.full(
-            (extent + 2 * margin,), self._pattern(tensor), dtype=integer, device=tensor.device
-        ).view(tensor.dtype)
-        offset = margin + self.shift
-        return buffer, buffer.as_strided(tensor.shape, tensor.stride(), offset)
-
-
-class Recorder:
-    """Remembers the calls of kernels: (operator, arguments)."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __call__(self, kernel: Any) -> Callable[..., None]:
-        def call(*args: Any) -> None:
-            kept = [a.detach() if isinstance(a, Tensor) else a for a in args]
-            self.calls.append((kernel, tuple(kept)))
-            kernel(*args)
-
-        return call
 
 
 def summary(complaints: Sequence[str]) -> str:

@@ -1,13 +1,13 @@
-"""Under autocast each op does what its row says, which is what torch does where torch has the function."""
+"""Under autocast an op does what its row says: what torch does, where torch has the function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests import harness
 import torch
 
 from pydl.table import Case, Op
+from tests import harness
 
 
 def _run(function: Callable, case: Case, device: str, **options: object) -> list[torch.Tensor]:
@@ -19,7 +19,7 @@ def _run(function: Callable, case: Case, device: str, **options: object) -> list
 
 
 def test_autocast(op: Op, dtype: torch.dtype, backend: str) -> None:
-    """Dtypes of output and gradients, by the row's policy; values equal those of a call in that dtype."""
+    """Dtypes of output and gradients by the row's policy; values as of a call in that dtype."""
     device = harness.device(backend)
     complaints = []
     for case in op.cases(dtype, device):

@@ -1,16 +1,18 @@
-"""torch.compile traces every op whole, and what it makes equals eager, for any size and choice of backend."""
+"""torch.compile traces every op whole; what it makes equals eager, for any size and backend."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from tests import harness
 import pytest
 import torch
 
 import pydl
 from pydl import functional
 from pydl.table import Case, Op
+from tests import harness, watch
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,7 @@ class Seen:
 
 
 def _variants(op: Op, backend: str) -> list[Case]:
-    """A two-dimensional sample (or the largest) for every number of tensors, and one of channels-last images."""
+    """A sample for every number of tensors, and channels-last too, with or without dropout."""
     chosen: dict[object, Case] = {}
     for case in op.cases(torch.float32, harness.device(backend)):
         x = case.args[0]
@@ -78,7 +80,9 @@ def _complaints(op: Op, by: str | None, case: Case, **options: object) -> list[s
         if a.dtype != b.dtype or harness.strides(a) != harness.strides(b):
             complaints.append(f"{case.label}: result {i} is laid out otherwise: {b.stride()}")
         elif not torch.allclose(a, b, rtol=1e-5, atol=1e-5):
-            complaints.append(f"{case.label}: result {i} differs by {float((a - b).abs().max()):.1e}")
+            complaints.append(
+                f"{case.label}: result {i} differs by {float((a - b).abs().max()):.1e}"
+            )
     return complaints
 
 
@@ -99,24 +103,26 @@ def test_inductor(name: str) -> None:
     assert not (found := _complaints(op, "cpu", case)), harness.summary(found)
 
 
-def test_automatic_choice(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_choice(op: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a backend named, the measured table decides while tracing as it does in eager."""
-    everywhere = {("cpu", name, torch.float32): ("cpu", 64, 64) for name in _names(op)}
-    monkeypatch.setattr(pydl.calibration, "_table", everywhere)
-    for case in _variants(op, "cpu")[:1]:
-        seen = Seen()
-        assert not (found := _complaints(op, None, case, backend=seen)), harness.summary(found)
-        assert seen.calls("cpu")
-    torch._dynamo.reset()
-    monkeypatch.setattr(pydl.calibration, "_table", {})
-    for case in _variants(op, "cpu")[:1]:
-        seen = Seen()
-        assert not (found := _complaints(op, None, case, backend=seen)), harness.summary(found)
-        assert not seen.calls("cpu")
-
-
-def _names(op: Op) -> list[str]:
-    return [op.name, f"{op.name}_learnt", f"{op.name}_tanh"]
+    case = _variants(op, "cpu")[0]
+    names = [op.name, f"{op.name}_learnt", f"{op.name}_tanh"]
+    path = tmp_path / "calibration.json"
+    monkeypatch.setenv("PYDL_CALIBRATION", str(path))
+    try:
+        for smallest, chosen in ((64, True), (-1, False)):
+            sizes = {name: {"float32": ["cpu", smallest, smallest]} for name in names}
+            path.write_text(json.dumps({"sizes": {"cpu": sizes}}))
+            pydl.calibration.reload()
+            torch._dynamo.reset()
+            seen, recorder = Seen(), watch.Recorder()
+            assert not (found := _complaints(op, None, case, backend=seen)), harness.summary(found)
+            with watch.intercepted(recorder):
+                harness.run(harness.on(op, None), case, torch.float32)
+            assert seen.calls("cpu") == bool(recorder.calls) == chosen
+    finally:
+        monkeypatch.undo()
+        pydl.calibration.reload()
 
 
 def test_dynamic_shapes(op: Op) -> None:
@@ -135,7 +141,9 @@ def _graphs_for_sizes(op: Op, how: str) -> int:
     """How many graphs calls of four sizes took; each is compared with eager."""
     seen = Seen()
     call = _caller(op, op.bench(pydl.table.Make(torch.float32), (16, 40)), "cpu")
-    compiled = torch.compile(call, fullgraph=True, backend=seen, dynamic=True if how == "dynamic" else None)
+    compiled = torch.compile(
+        call, fullgraph=True, backend=seen, dynamic=True if how == "dynamic" else None
+    )
     for i, rows in enumerate((16, 24, 32, 7)):
         case = op.bench(pydl.table.Make(torch.float32), (rows, 40))
         given = harness.leaves(case)
@@ -146,7 +154,11 @@ def _graphs_for_sizes(op: Op, how: str) -> int:
         out = compiled(*given)
         dy = harness.upstream(out.detach(), torch.float32)
         grads = torch.autograd.grad(out, given, dy)
-        for a, b in zip([out.detach(), *grads], harness.run(harness.on(op, "cpu"), case, torch.float32), strict=True):
+        for a, b in zip(
+            [out.detach(), *grads],
+            harness.run(harness.on(op, "cpu"), case, torch.float32),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b)
     return seen.graphs
 
@@ -178,9 +190,9 @@ def test_use_backend_inside() -> None:
 
     compiled = torch.compile(call, backend=seen)
     x = torch.randn(128)
-    recorder = harness.Recorder()
+    recorder = watch.Recorder()
     assert torch.equal(compiled(x), functional.gelu(x, backend="cpu"))
-    with harness.intercepted(recorder):
+    with watch.intercepted(recorder):
         eager = call(x)
     assert recorder.calls and torch.equal(eager, compiled(x))
 
@@ -208,7 +220,9 @@ def test_inplace_compiled(inplace_op: Op) -> None:
 def test_overwriting_an_argument(inplace_op: Op) -> None:
     """An argument that a compiled function overwrites is overwritten."""
     compiled = torch.compile(
-        lambda x: inplace_op.function(x, inplace=True, backend="cpu"), fullgraph=True, backend="aot_eager"
+        lambda x: inplace_op.function(x, inplace=True, backend="cpu"),
+        fullgraph=True,
+        backend="aot_eager",
     )
     x = torch.randn(4, 33)
     wanted = inplace_op.function(x, backend="cpu")

@@ -1,21 +1,23 @@
-"""First, second and third derivatives, gradient penalties, in-place calls, and what is saved for backward."""
+"""First to third derivatives, gradient penalties, in-place calls, what is saved for backward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests import harness
 import pytest
 import torch
 
 from pydl import functional
 from pydl.table import Case, Op
+from tests import harness
 
 # What backward may save, beyond which nothing: the input and the parameter, or only the output.
 SAVES_OUTPUT = ("sigmoid", "tanh", "relu", "leaky_relu")
 
 
-def _checked(check: Callable, op: Op, backend: str, case: Case, fast: bool, **options: object) -> str:
+def _checked(
+    check: Callable, op: Op, backend: str, case: Case, fast: bool, **options: object
+) -> str:
     """What gradcheck has against a call; empty for nothing."""
 
     def call(*given: torch.Tensor) -> torch.Tensor:
@@ -39,7 +41,9 @@ def test_gradcheck(op: Op, backend: str, check: Callable) -> None:
         slow = harness.moderate(case, 24)
         if slow or harness.moderate(case, 3000):
             seen += 1
-            complaints += [c] if (c := _checked(check, op, backend, case, not slow, **options)) else []
+            complaints += (
+                [c] if (c := _checked(check, op, backend, case, not slow, **options)) else []
+            )
     assert seen > 3
     assert not complaints, harness.summary(complaints)
 
@@ -49,21 +53,26 @@ def _takes(op: Op, backend: str, dtype: torch.dtype) -> bool:
     try:
         op.function(*case.args, backend=backend, **case.kwargs)
     except RuntimeError as error:
-        assert "dtype" in str(error)  # noqa: PT017
+        assert "dtype" in str(error)
         return False
     return True
 
 
 def _penalty(function: Callable, case: Case) -> list[torch.Tensor]:
-    """Gradients of the squared distance from 1 of the input gradient's norm, as a WGAN's critic is trained."""
+    """Gradients of a penalty on the norm of the input's gradient, as a WGAN's critic is trained."""
     given = harness.leaves(case)
-    weight = torch.linspace(-1, 1, case.args[0].shape[-1], dtype=given[0].dtype, device=given[0].device)
+    weight = torch.linspace(
+        -1, 1, case.args[0].shape[-1], dtype=given[0].dtype, device=given[0].device
+    )
     weight.requires_grad_()
     score = function(*harness.bind(case, given), **case.kwargs) * weight
     (slope,) = torch.autograd.grad(score.sum(), given[:1], create_graph=True)
     penalty = ((slope.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
     grads = torch.autograd.grad(penalty + score.mean(), [*given, weight], allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip([*given, weight], grads, strict=True)]
+    return [
+        torch.zeros_like(t) if g is None else g
+        for t, g in zip([*given, weight], grads, strict=True)
+    ]
 
 
 def test_gradient_penalty(op: Op, dtype: torch.dtype, backend: str) -> None:
@@ -84,7 +93,7 @@ def test_gradient_penalty(op: Op, dtype: torch.dtype, backend: str) -> None:
 
 
 def _three_times(function: Callable, case: Case) -> list[torch.Tensor]:
-    """The gradients of a loss of gradients of a loss of gradients, where everything depends on everything."""
+    """Gradients of a loss of gradients of a loss of gradients; all depends on everything."""
     given = harness.leaves(case)
     x, *parameters = given
     shared = [x, *(p * (1 + 0.1 * x.mean()) for p in parameters)]
@@ -99,7 +108,7 @@ def _three_times(function: Callable, case: Case) -> list[torch.Tensor]:
 
 
 def test_third_derivative(op: Op, backend: str) -> None:
-    """Backward of backward of backward equals torch's, also where the incoming gradient depends on the input."""
+    """Backward, thrice, equals torch's, also where the incoming gradient depends on the input."""
     if not _takes(op, backend, torch.float64):
         pytest.skip(f"backend {backend} has no fp64")
     complaints = []
@@ -111,12 +120,16 @@ def test_third_derivative(op: Op, backend: str) -> None:
             if not torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max())):
                 order, which = 1 + i // len(case.tensors()), i % len(case.tensors())
                 error = float((a - b).abs().max() / b.abs().max())
-                complaints.append(f"{case.label}: derivative {order} by {which}: off by {error:.1e}")
+                complaints.append(
+                    f"{case.label}: derivative {order} by {which}: off by {error:.1e}"
+                )
     assert not complaints, harness.summary(complaints)
 
 
-def _inplace(function: Callable, case: Case, **options: object) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(output, gradient, how the version of what was overwritten grew) of an in-place call inside a graph."""
+def _inplace(
+    function: Callable, case: Case, **options: object
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(output, gradient, growth of the version) of an in-place call inside a graph."""
     (leaf,) = harness.leaves(case)
     x = torch.empty_like(leaf).copy_(leaf) if leaf.dim() else leaf * 1
     before = x._version
@@ -128,7 +141,7 @@ def _inplace(function: Callable, case: Case, **options: object) -> tuple[torch.T
 
 
 def test_inplace(inplace_op: Op, backend: str) -> None:
-    """`inplace=True` gives what the call without it gives, in the memory of its input, and bumps its version."""
+    """`inplace=True` gives the same, in its input's memory, and bumps its version."""
     complaints = []
     for case in inplace_op.cases(torch.float32, harness.device(backend)):
         if len(case.tensors()) != 1:
@@ -169,7 +182,7 @@ def test_inplace_without_gradient(inplace_op: Op, backend: str) -> None:
 
 
 def test_inplace_is_refused(inplace_op: Op, backend: str) -> None:
-    """Overwriting a leaf that requires grad, or shared memory, is an error as in torch, and changes nothing."""
+    """Overwriting a leaf that requires grad, or shared memory, is an error and changes nothing."""
     leaf = torch.randn(50, device=harness.device(backend), requires_grad=True)
     before = leaf.detach().clone()
     with pytest.raises(RuntimeError, match="leaf"):
@@ -210,7 +223,9 @@ def test_inplace_double_backward(inplace_op: Op, backend: str) -> None:
         (slope,) = torch.autograd.grad((out**2).sum(), w, create_graph=True)
         return torch.autograd.grad((slope**2).sum(), w)[0]
 
-    torch.testing.assert_close(penalty(inplace_op.function, backend=backend), penalty(inplace_op.native))
+    torch.testing.assert_close(
+        penalty(inplace_op.function, backend=backend), penalty(inplace_op.native)
+    )
 
 
 def test_needs_input_grad(op: Op, backend: str) -> None:
@@ -232,12 +247,14 @@ def test_needs_input_grad(op: Op, backend: str) -> None:
 
 
 def test_saved_bytes(op: Op, backend: str, cases: Callable[..., list]) -> None:
-    """Backward saves the arguments and no copy of them, or the output alone; never an intermediate."""
+    """Backward saves the arguments, not copies of them, or the output alone; nothing else."""
     complaints = []
     for case in cases(op, backend, torch.float32):
         saved: list[torch.Tensor] = []
         given = harness.leaves(case)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):  # noqa: B023
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=saved: s.append(t) or t, lambda t: t
+        ):
             out = op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
         held = {t.untyped_storage().data_ptr(): t for t in [*given, *case.kwargs.values()]
                 if isinstance(t, torch.Tensor)}  # fmt: skip
@@ -272,4 +289,6 @@ def test_swish_has_no_gradient_for_a_number() -> None:
     beta = torch.tensor(1.5, requires_grad=True)
     functional.swish(x, beta, backend="cpu").sum().backward()
     assert beta.grad is not None and beta.grad.shape == ()
-    assert torch.equal(functional.swish(x, 1.5, backend="cpu"), functional.swish(x, beta, backend="cpu"))
+    assert torch.equal(
+        functional.swish(x, 1.5, backend="cpu"), functional.swish(x, beta, backend="cpu")
+    )

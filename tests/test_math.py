@@ -1,6 +1,6 @@
 """How near the CPU's formulas come to the truth, at every instruction-set level of this machine.
 
-Units of the last place (ulp), of fp32 on dense grids, and of the 16-bit types on every value there is.
+In units of the last place (ulp): of fp32 on dense grids, of the 16-bit types on every value.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import json
 import math
 from collections.abc import Callable
 
-from tests import harness
 import pytest
 import torch
 
 from pydl._native import C
 from pydl.table import TABLE
+from tests import harness
 
 LEVELS = ("baseline", "avx2", "avx512")
 FORMULAS: dict[str, tuple] = {
@@ -51,7 +51,7 @@ def _computed(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def errors_fp32(name: str) -> float:
-    """The largest error, in units that a small rounding of the argument and a few of the value make."""
+    """The largest error as a share of what is allowed: 6 ulp, and 2 by the argument's rounding."""
     tiny = torch.logspace(-30, -2, 20001)
     x = torch.cat([tiny, -tiny, torch.linspace(-12, 12, 200_001), torch.linspace(-80, 80, 50_001)])
     wanted, growth = _truth(name, x)
@@ -73,7 +73,7 @@ def errors_16(name: str, dtype: torch.dtype) -> float:
 
 
 def parity() -> list[str]:
-    """Complaints of the judge about small samples; of the machine's own level, which all other tests run, none."""
+    """Complaints of the judge about small samples; none at the level that all other tests run."""
     complaints: list[str] = []
     if C.cpu_level() == C.machine_level():
         return complaints

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from tests import harness
 import pytest
 import torch
 
 from pydl.table import Case, Op
+from tests import harness, watch
 
 
 def _recorded(op: Op, backend: str, case: Case, dtype: torch.dtype) -> list[tuple]:
-    recorder = harness.Recorder()
-    with harness.intercepted(recorder):
+    recorder = watch.Recorder()
+    with watch.intercepted(recorder):
         harness.run(harness.on(op, backend), case, dtype)
     return recorder.calls
 
 
 def _small(op: Op, backend: str) -> list[Case]:
-    """A sample for every set of further arguments, number of tensors and layout; the smallest of each."""
+    """The smallest sample for every set of further arguments, number of tensors and layout."""
     chosen: dict[object, Case] = {}
     for case in op.cases(torch.float32, harness.device(backend)):
         x = case.args[0]
@@ -36,7 +36,7 @@ def _looks(arg: object) -> object:
 
 
 def test_opcheck(op: Op, backend: str) -> None:
-    """Schema, fake kernel, autograd registration and tracing hold, for the arguments that the op really passes."""
+    """Schema, fake kernel, autograd and tracing hold for the arguments that ops really pass."""
     complaints: list[str] = []
     seen: set[tuple] = set()
     for case in _small(op, backend):
@@ -59,8 +59,8 @@ def test_every_operator_is_reached(backend: str) -> None:
     from pydl._native import C
     from pydl.table import TABLE
 
-    recorder = harness.Recorder()
-    with harness.intercepted(recorder):
+    recorder = watch.Recorder()
+    with watch.intercepted(recorder):
         for op in TABLE.values():
             for case in op.cases(torch.float32, harness.device(backend)):
                 if harness.elements(case) < 6000:
@@ -82,7 +82,7 @@ def test_schemas_say_what_is_written(backend: str) -> None:
     packets = getattr(torch.ops, f"pydl_{backend}")
     for _, name, *_ in C.entries():
         operator = getattr(packets, name).default
-        written = harness.outputs(operator)
+        written = watch.outputs(operator)
         assert written[0] and sorted(written, reverse=True) == written, operator._schema
         assert not operator._schema.returns
 
@@ -92,7 +92,11 @@ def test_an_operator_refuses(op: Op, backend: str, fault: str) -> None:
     """An input of another shape or dtype is refused before a kernel reads past an end."""
     case = next(c for c in _small(op, backend) if c.args[0].dim() == 2 or op.family == "activation")
     for kernel, args in _recorded(op, backend, case, torch.float32):
-        at = max(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dtype == torch.float32)
+        at = max(
+            i
+            for i, a in enumerate(args)
+            if isinstance(a, torch.Tensor) and a.dtype == torch.float32
+        )
         wrong = args[at].to(torch.complex64)
         if fault == "shape":
             wrong = args[at].new_empty([n + 1 for n in args[at].shape] or [2])

@@ -1,25 +1,31 @@
-"""Every op on every backend is right: against its definition in fp64, and in everything else that torch promises."""
+"""Every op on every backend is right: by its definition in fp64, and in all else torch promises."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests import harness
 import pytest
 import torch
 
 from pydl._native import C
 from pydl.table import Case, Op, judge
+from tests import harness, watch
 
 
 def _watched(
-    op: Op, backend: str, case: Case, dtype: torch.dtype, how: str, poison: int = 0, threads: int = 1
+    op: Op,
+    backend: str,
+    case: Case,
+    dtype: torch.dtype,
+    how: str,
+    poison: int = 0,
+    threads: int = 1,
 ) -> tuple[list[torch.Tensor], list[str]]:
     """A call and its gradients with every kernel guarded: (results, complaints)."""
     torch.set_num_threads(threads)
     harness.reorder(100 * poison + threads)
-    guard = harness.Guard(poison)
-    with harness.intercepted(guard):
+    guard = watch.Guard(poison)
+    with watch.intercepted(guard):
         got = harness.run(harness.on(op, backend), case, dtype, how)
     calls = [] if guard.calls > 1 else [f"{guard.calls} kernels ran, not those of {backend}"]
     return got, guard.complaints + calls
@@ -47,7 +53,7 @@ def _repeatable(
 
 
 def test_parity(op: Op, dtype: torch.dtype, backend: str, cases: Callable[..., list]) -> None:
-    """Values and gradients pass the judge; every element is written, nothing else is; the bits repeat."""
+    """Values and gradients pass the judge; just the outputs are written; the bits repeat."""
     complaints = []
     for i, case in enumerate(cases(op, backend, dtype)):
         how = harness.DY[i % len(harness.DY)]
@@ -62,7 +68,7 @@ def test_parity(op: Op, dtype: torch.dtype, backend: str, cases: Callable[..., l
 
 
 def test_strides(op: Op, backend: str, cases: Callable[..., list]) -> None:
-    """Outputs and gradients lie in memory as native PyTorch's do; watching kernels changes no bit."""
+    """Outputs and gradients lie in memory as torch's do; watching kernels changes no bit."""
     complaints = []
     for case in cases(op, backend, torch.float32):
         got = harness.run(harness.on(op, backend), case, torch.float32)
@@ -72,11 +78,15 @@ def test_strides(op: Op, backend: str, cases: Callable[..., list]) -> None:
             complaints.append(f"{case.label}: other bits than when watched")
         for i, (a, b) in enumerate(zip(got, native, strict=True)):
             if harness.strides(a) != harness.strides(b):
-                complaints.append(f"{case.label}: result {i} has {a.stride()}, torch's {b.stride()}")
+                complaints.append(
+                    f"{case.label}: result {i} has {a.stride()}, torch's {b.stride()}"
+                )
     assert not complaints, harness.summary(complaints)
 
 
-def test_saved_tensors(op: Op, dtype: torch.dtype, backend: str, cases: Callable[..., list]) -> None:
+def test_saved_tensors(
+    op: Op, dtype: torch.dtype, backend: str, cases: Callable[..., list]
+) -> None:
     """Backward writes nothing that forward saved, nor the output, nor the gradient it is given."""
     complaints = []
     for case in cases(op, backend, dtype, share=0.2):
@@ -104,10 +114,14 @@ def test_without_gradient(op: Op, backend: str, cases: Callable[..., list]) -> N
     """Under no_grad and inference_mode the values are the same bits, and carry no graph."""
     complaints = []
     for case in cases(op, backend, torch.float32, share=0.2):
-        wanted = op.function(*harness.bind(case, harness.leaves(case)), backend=backend, **case.kwargs)
+        wanted = op.function(
+            *harness.bind(case, harness.leaves(case)), backend=backend, **case.kwargs
+        )
         for mode in (torch.no_grad(), torch.inference_mode()):
             with mode:
-                got = op.function(*harness.bind(case, harness.leaves(case)), backend=backend, **case.kwargs)
+                got = op.function(
+                    *harness.bind(case, harness.leaves(case)), backend=backend, **case.kwargs
+                )
             if got.requires_grad or not harness.same_bits(got, wanted):
                 complaints.append(f"{case.label} under {type(mode).__name__}")
     assert not complaints, harness.summary(complaints)
@@ -124,7 +138,7 @@ def _shifted(case: Case, shift: int) -> Case:
 
 
 def test_streaming_stores(op: Op, dtype: torch.dtype) -> None:
-    """Stores past the cache, wherever tensors lie and in however many threads, give the bits that others give."""
+    """Stores past the cache give the same bits, wherever tensors lie, in any number of threads."""
     complaints = []
     chosen = [case for case in op.cases(dtype) if 2000 < harness.elements(case) < 130_000]
     assert any(harness.elements(case) > 8000 for case in chosen)
@@ -136,8 +150,8 @@ def test_streaming_stores(op: Op, dtype: torch.dtype) -> None:
                 before = C.set_stream_bytes(stream_bytes)
                 try:
                     torch.set_num_threads(threads)
-                    guard = harness.Guard(shift=(5 * shift) % 64)
-                    with harness.intercepted(guard):
+                    guard = watch.Guard(shift=(5 * shift) % 64)
+                    with watch.intercepted(guard):
                         results.append(harness.run(harness.on(op, "cpu"), moved, dtype))
                 finally:
                     C.set_stream_bytes(before)
@@ -187,7 +201,7 @@ def test_the_guard_convicts(fault: str) -> None:
 
     x, results, complaints = torch.randn(50), [], []
     for poison in (0, 1):
-        guard, y = harness.Guard(poison), torch.empty(50)
+        guard, y = watch.Guard(poison), torch.empty(50)
         guard(Faulty())(y, x)
         results.append(y)
         complaints += guard.complaints

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tests import harness
 
 from pydl import functional, pool
+from tests import harness
 
 MIB = 1 << 20
 LARGE = 3 * MIB // 4  # elements of fp32 that take 3 MiB
@@ -44,7 +44,10 @@ def test_memory_is_reused() -> None:
     assert after["in_use"] == before["in_use"] and after["cached"] >= 3 * MIB
     y = _call(x)
     assert y.data_ptr() == place
-    assert pool.info()["reused"] == before["reused"] + 1 and pool.info()["requests"] == before["requests"] + 2
+    assert (
+        pool.info()["reused"] == before["reused"] + 1
+        and pool.info()["requests"] == before["requests"] + 2
+    )
     assert torch.equal(y, x.clamp(min=0))
 
 
@@ -64,7 +67,13 @@ def test_layouts(dtype: torch.dtype) -> None:
     """What comes from it has the strides that torch gives."""
     x = torch.randn(8, 64, 48, 72).to(dtype)
     before = pool.info()["requests"]
-    inputs = [x, x.to(memory_format=torch.channels_last), x.transpose(1, 3), x[:, ::2], x[:1].expand(9, 64, 48, 72)]
+    inputs = [
+        x,
+        x.to(memory_format=torch.channels_last),
+        x.transpose(1, 3),
+        x[:, ::2],
+        x[:1].expand(9, 64, 48, 72),
+    ]
     for given in inputs:
         got, wanted = _call(given), torch.relu(given)
         assert harness.strides(got) == harness.strides(wanted) and torch.equal(got, wanted)
@@ -72,7 +81,7 @@ def test_layouts(dtype: torch.dtype) -> None:
 
 
 def test_tensors_survive() -> None:
-    """Memory is taken back only when the last tensor that sees it is gone; nothing is handed out twice."""
+    """Memory goes back only when the last tensor that sees it is gone; none is handed out twice."""
     x = torch.randn(LARGE)
     kept = [_call(x + i) for i in range(6)]
     view = kept.pop()[10:20]
@@ -136,7 +145,9 @@ def test_sizes_that_differ() -> None:
     small = _call(large[:LARGE])
     assert pool.info()["reused"] == before and torch.equal(small, large[:LARGE].clamp(min=0))
     again = _call(large[: 15 * MIB])
-    assert pool.info()["reused"] == before + 1 and torch.equal(again, large[: 15 * MIB].clamp(min=0))
+    assert pool.info()["reused"] == before + 1 and torch.equal(
+        again, large[: 15 * MIB].clamp(min=0)
+    )
 
 
 def test_resizing() -> None:

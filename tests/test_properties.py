@@ -5,12 +5,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 
-from tests import harness
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pydl.table import Case, Make, Op
+from tests import harness
 
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 64, 67])
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -28,14 +28,16 @@ def _few(count: int) -> Callable:
 
 @st.composite
 def layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[list[int], list[int], int]:
-    """(order of the dimensions in memory, steps along them, offset): how a tensor of a shape lies."""
+    """(order of the dimensions in memory, steps along them, offset): how a tensor lies."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in shape]
     return list(order), steps, draw(st.sampled_from([0, 1, 3, 64]))
 
 
-def _lay(tensor: torch.Tensor, layout: tuple[list[int], list[int], int], expand: int | None) -> torch.Tensor:
-    """The tensor's values in another layout; along `expand` those of index 0 everywhere, with stride 0."""
+def _lay(
+    tensor: torch.Tensor, layout: tuple[list[int], list[int], int], expand: int | None
+) -> torch.Tensor:
+    """The values in another layout; along `expand` those of index 0, with stride 0."""
     order, steps, offset = layout
     if expand is not None and tensor.shape[expand] > 1:
         return tensor.narrow(expand, 0, 1).expand(tensor.shape)
@@ -49,7 +51,7 @@ def _lay(tensor: torch.Tensor, layout: tuple[list[int], list[int], int], expand:
 
 @st.composite
 def calls(draw: st.DrawFn, op: Op) -> tuple[Case, torch.dtype]:
-    """A call of the op: a sample or a benchmark's call of any shape, laid out anyhow, some values replaced."""
+    """A sample, or a benchmark's call of any shape; laid out anyhow, some values replaced."""
     dtype = draw(DTYPES)
     make = Make(dtype, seed=str(draw(st.integers(0, 7))))
     if draw(st.booleans()):
@@ -74,10 +76,12 @@ def calls(draw: st.DrawFn, op: Op) -> tuple[Case, torch.dtype]:
 def _population(op: Op, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition and native PyTorch on many ordinary values, with the call's further arguments.
 
-    The judge compares largest errors; those of a handful of elements say little about native PyTorch's.
+    The judge compares largest errors; a handful of elements say little about native PyTorch's.
     """
     x = Make(dtype, seed="population")(61, 67)
-    tensors = [x if t.shape == case.args[0].shape else t[:1].reshape(-1)[:1] for t in case.tensors()]
+    tensors = [
+        x if t.shape == case.args[0].shape else t[:1].reshape(-1)[:1] for t in case.tensors()
+    ]
     if not all(t.numel() for t in tensors) or case.kwargs:
         tensors = []
     try:
@@ -93,7 +97,8 @@ def _judged(op: Op, backend: str, case: Case, dtype: torch.dtype, how: str) -> l
     wanted = harness.run(op.reference, case.to(torch.float64), dtype, how)
     complaints = [
         f"result {i}: {a.dtype} {tuple(a.shape)}, wants {b.dtype} {tuple(b.shape)}"
-        for i, (a, b) in enumerate(zip(got, native, strict=True)) if a.dtype != b.dtype or a.shape != b.shape
+        for i, (a, b) in enumerate(zip(got, native, strict=True))
+        if a.dtype != b.dtype or a.shape != b.shape
     ]  # fmt: skip
     if complaints:
         return complaints
@@ -115,8 +120,11 @@ def _judged(op: Op, backend: str, case: Case, dtype: torch.dtype, how: str) -> l
 
 
 def _describe(case: Case) -> str:
-    lies = ", ".join(f"{tuple(t.shape)} strides {t.stride()} offset {t.storage_offset()}" for t in case.tensors())
-    return f"{case.label}: {lies}; {[a for a in case.args if not isinstance(a, torch.Tensor)]} {case.kwargs}"
+    lies = ", ".join(
+        f"{tuple(t.shape)} strides {t.stride()} offset {t.storage_offset()}" for t in case.tensors()
+    )
+    further = [a for a in case.args if not isinstance(a, torch.Tensor)]
+    return f"{case.label}: {lies}; {further} {case.kwargs}"
 
 
 def _property(op: Op, backend: str, count: int) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests import harness
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 from pydl.table import Case, Op
+from tests import harness
 
 Transform = Callable[..., torch.Tensor]
 
 
 def _calls(op: Op, backend: str, dtype: torch.dtype = torch.float32, most: int = 400) -> list[Case]:
-    """Small samples of the row: of every number of dimensions, every argument's variants, each layout."""
+    """The row's small samples: any number of dimensions, all further arguments, each layout."""
     return [
         case for case in op.cases(dtype, harness.device(backend))
         if harness.moderate(case, most) and case.args[0].numel()
@@ -28,7 +28,7 @@ def _function(function: Callable, case: Case, **options: object) -> Callable[...
 
 
 def _compared(op: Op, backend: str, transform: Callable, most: int = 400) -> list[str]:
-    """Complaints where `transform(function, case)` of the op is not that of the definition in fp64."""
+    """Complaints where `transform(function, case)` of the op is not that of the definition."""
     complaints = []
     for case in _calls(op, backend, most=most):
         try:
@@ -37,7 +37,10 @@ def _compared(op: Op, backend: str, transform: Callable, most: int = 400) -> lis
             complaints.append(f"{case.label}: {type(error).__name__}: {str(error)[:200]}")
             continue
         wide = case.to(torch.float64)
-        wanted, native = transform(_function(op.reference, wide), wide), transform(_function(op.native, case), case)
+        wanted, native = (
+            transform(_function(op.reference, wide), wide),
+            transform(_function(op.native, case), case),
+        )
         for i, (a, b, c) in enumerate(zip(got, wanted, native, strict=True)):
             terms = case.args[0].numel()
             complaints += harness.judged(f"{case.label}: result {i}", a, b, c, terms)
@@ -142,7 +145,8 @@ def _dual(function: Callable, case: Case) -> list[torch.Tensor]:
     for chosen in (range(len(tensors)), *([i] for i in range(len(tensors)))):
         with forward_ad.dual_level():
             given = [
-                forward_ad.make_dual(t, torch.cos(t)) if i in chosen else t for i, t in enumerate(tensors)
+                forward_ad.make_dual(t, torch.cos(t)) if i in chosen else t
+                for i, t in enumerate(tensors)
             ]
             value, tangent = forward_ad.unpack_dual(function(*given))
             found += [value, tangent]

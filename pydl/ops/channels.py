@@ -13,7 +13,7 @@ class Channels:
     """How a tensor of `like`'s shape folds to three dense dimensions and back.
 
     Args:
-        like: Decides the order in memory: contiguous, or channels last where `like` is so.
+        like: Decides the order in memory, where it is dense; else the order is the logical one.
         dim: The channels; None folds everything to one channel.
         contiguous: Fold in logical order whatever the order in memory is.
     """
@@ -21,10 +21,10 @@ class Channels:
     def __init__(self, like: Tensor, dim: int | None, contiguous: bool = False) -> None:
         dims, shape = like.dim(), like.shape
         order = list(range(dims))
-        if not contiguous and dims in (4, 5) and not like.is_contiguous():
-            last = torch.channels_last if dims == 4 else torch.channels_last_3d
-            if like.is_contiguous(memory_format=last):
-                order = [0, *range(2, dims), 1]
+        if not contiguous and not like.is_contiguous():
+            in_memory = sorted(order, key=lambda d: -like.stride(d))
+            if like.permute(in_memory).is_contiguous():
+                order = in_memory
         self._order = order
         self._shape = [shape[d] for d in order]
         if dim is None or dims == 0:

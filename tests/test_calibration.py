@@ -1,0 +1,62 @@
+"""The table of measured sizes: what it decides, and how a file that is none is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pydl import backends, calibration
+from tests import harness
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"sizes": 3}', '{"sizes": {"cpu": {"relu": {"float99": ["cpu", 1, 1]}}}}',
+     '{"sizes": {"cpu": {"relu": {"float32": ["cpu", 1]}}}}'],
+)  # fmt: skip
+def test_a_bad_calibration(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is no calibration table: which, and how to write one."""
+    path = tmp_path / "calibration.json"
+    path.write_text(text)
+    monkeypatch.setenv("PYDL_CALIBRATION", str(path))
+    with pytest.raises(
+        ValueError, match=r"calibration.json is not a calibration table.*--calibrate"
+    ):
+        calibration.read()
+
+
+def test_a_missing_calibration(tmp_path: Path) -> None:
+    """So for a file that is not there."""
+    done = harness.python("import pydl", PYDL_CALIBRATION=str(tmp_path / "none.json"))
+    assert done.returncode != 0 and "none.json is not a calibration table" in done.stderr
+
+
+def test_calibration_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel from the measured size on; native PyTorch below, and where none was measured."""
+    path = tmp_path / "calibration.json"
+    sizes = {"cpu": {"gelu": {"float32": ["cpu", 100, 200], "bfloat16": ["cpu", -1, 50]}}}
+    path.write_text(json.dumps({"sizes": sizes}))
+    monkeypatch.setenv("PYDL_CALIBRATION", str(path))
+    try:
+        calibration.reload()
+
+        def chosen(
+            n: int, dtype: torch.dtype = torch.float32, grad: bool = False, op: str = "gelu"
+        ) -> str:
+            return backends.choose(op, None, torch.ones(n, dtype=dtype, requires_grad=grad))
+
+        assert [chosen(99), chosen(100), chosen(5000)] == ["torch", "cpu", "cpu"]
+        assert [chosen(199, grad=True), chosen(200, grad=True)] == ["torch", "cpu"]
+        with torch.no_grad():
+            assert chosen(100, grad=True) == "cpu"
+        assert (
+            chosen(10**6, torch.bfloat16) == "torch" and chosen(50, torch.bfloat16, True) == "cpu"
+        )
+        assert chosen(10**6, torch.float16) == "torch" and chosen(10**6, op="mish") == "torch"
+        assert backends.choose("gelu", None, torch.eye(200).to_sparse()) == "torch"
+    finally:
+        monkeypatch.undo()
+        calibration.reload()
