@@ -1,2 +1,139 @@
-def run(settings):
-    raise NotImplementedError
+"""`python -m bench --calibrate`: from which size on a kernel beats native PyTorch, for the
+automatic choice.
+
+Every op is measured over sizes, forward under no_grad and forward with backward, as a user calls
+it: through the public function, against native PyTorch, interleaved. A kernel is taken from the
+smallest size on at which, and at every larger one, it is faster by 3 % at least; close calls are
+measured twice. The result replaces the device's part of `pydl/calibration.json` and leaves other
+devices' parts alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from bench import machine
+from bench.measure import Budget, interleaved
+from bench.options import KERNELS, Settings
+from pydl import backends, calibration
+from pydl.table import TABLE, Case, Make, Op
+
+TABLE_FILE = Path(calibration.__file__).with_name("calibration.json")
+DTYPES = ("float32", "bfloat16", "float16")  # fp64 stays native
+SIZES = tuple(4**k for k in range(5, 13))  # 1 thousand to 16 million elements
+GAIN = 1.03
+BUDGET = Budget(seconds=0.12, rounds=7, sample=1e-4, most=60)
+QUICK = Budget(seconds=0.01, rounds=3, sample=1e-5, most=5)
+
+
+def keys() -> Iterator[tuple[str, Op, Callable[[Case], Case]]]:
+    """What `choose` is asked about: the ops, and two that one function serves by other kernels."""
+
+    def same(case: Case) -> Case:
+        return case
+
+    for op in TABLE.values():
+        yield op.name, op, same
+    yield "gelu_tanh", TABLE["gelu"], lambda case: Case(case.label, (case.args[0], "tanh"))
+    yield (
+        "swish_learnt",
+        TABLE["swish"],
+        lambda case: Case(case.label, (case.args[0], case.args[0].new_full((1,), 1.5))),
+    )
+
+
+def ratio(op: Op, case: Case, backend: str, grad: bool, budget: Budget) -> float:
+    """Native PyTorch's time by the kernel's."""
+    device = case.args[0].device.type
+    args = [
+        a.detach().requires_grad_(grad) if isinstance(a, torch.Tensor) else a for a in case.args
+    ]
+    wanted = [a for a in args if isinstance(a, torch.Tensor)]
+    dy = torch.ones_like(case.args[0])
+
+    def call(function: Callable[..., torch.Tensor], **more: Any) -> Callable[[], Any]:
+        if grad:
+            return lambda: torch.autograd.grad(function(*args, **case.kwargs, **more), wanted, dy)
+        return lambda: function(*args, **case.kwargs, **more)
+
+    with torch.set_grad_enabled(grad):
+        times = interleaved(
+            {"native": call(op.native), "kernel": call(op.function, backend=backend)},
+            device,
+            budget,
+        )
+    return times["native"].median / times["kernel"].median
+
+
+def smallest(ratios: dict[int, float]) -> int:
+    """The size from which on every ratio is a gain, or -1."""
+    found = -1
+    for size in sorted(ratios, reverse=True):
+        if ratios[size] < GAIN:
+            break
+        found = size
+    return found
+
+
+def measure(device: str, backend: str, sizes: tuple[int, ...], quick: bool) -> dict[str, Any]:
+    """{op: {dtype: [backend, elements, elements with gradient]}}, each entry measured."""
+    table: dict[str, Any] = {}
+    found = list(keys())
+    budget = QUICK if quick else BUDGET
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("calibrating", total=len(found) * len(DTYPES))
+        for key, op, adapt in found:
+            for name in DTYPES:
+                dtype = getattr(torch, name)
+                if dtype not in op.dtypes or not backends.takes(backend, dtype):
+                    continue
+                limits = []
+                for grad in (False, True):
+                    ratios: dict[int, float] = {}
+                    for size in sorted(sizes, reverse=True):
+                        shape = (max(1, size // 1024), min(size, 1024))
+                        case = adapt(op.bench(Make(dtype, device, key), shape))
+                        got = ratio(op, case, backend, grad, budget)
+                        if abs(got - 1) < 0.05 and not quick:
+                            got = min(got, ratio(op, case, backend, grad, budget))
+                        ratios[size] = got
+                        if got < 0.6:  # smaller ones are further behind
+                            break
+                    limits.append(smallest(ratios))
+                table.setdefault(key, {})[name] = [backend, *limits]
+                progress.update(task, advance=1, description=f"{key} {name}")
+    return table
+
+
+def run(settings: Settings, path: Path = TABLE_FILE, sizes: tuple[int, ...] = SIZES) -> int:
+    """Measures the device and rewrites the table; returns the exit status."""
+    chosen = [
+        b for b in settings.backends if b in KERNELS and settings.device in backends.serves(b)
+    ]
+    if not chosen:
+        Console().print(
+            f"bench: no kernels for {settings.device} to calibrate; see python -m pydl info"
+        )
+        return 2
+    # Of several the first wins a tie; each op takes the one that pays off at the smaller size.
+    tables = [measure(settings.device, backend, sizes, settings.quick) for backend in chosen]
+    merged = tables[0]
+    for table in tables[1:]:
+        for key, dtypes in table.items():
+            for name, limits in dtypes.items():
+                if limits[2] > 0 and not 0 < merged[key][name][2] <= limits[2]:
+                    merged[key][name] = limits
+    text = json.loads(path.read_text()) if path.exists() else {}
+    text.setdefault("sizes", {})[settings.device] = merged
+    text.setdefault("measured", {})[settings.device] = machine.record(settings.device)
+    path.write_text(json.dumps(text, indent=1, sort_keys=True) + "\n")
+    calibration.reload()
+    Console().print(f"Wrote {path}", soft_wrap=True)
+    return 0

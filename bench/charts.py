@@ -1,4 +1,5 @@
-"""Charts of a run: speed-ups against each peer, and achieved rates against the ceiling of the same rounds."""
+"""Charts of a run: speed-ups against each peer, and achieved rates against the ceiling of the same
+rounds."""
 
 from __future__ import annotations
 
@@ -55,7 +56,11 @@ def _panels(rows: Sequence[Row], bars: int, title: str) -> tuple[plt.Figure, dic
     ops = max(len([r for r in rows if r["pass"] == p]) for p in passes)
     width = min(24.0, max(7.5, 1.8 + ops * (0.35 + 0.27 * bars)))
     figure, axes = plt.subplots(
-        len(passes), 1, figsize=(width, 1.3 + 3.1 * len(passes)), squeeze=False, layout="constrained"
+        len(passes),
+        1,
+        figsize=(width, 1.3 + 3.1 * len(passes)),
+        squeeze=False,
+        layout="constrained",
     )
     head, *rest = title.split("\n")
     figure.suptitle(head, fontsize=13, fontweight="bold", x=0.01, ha="left")
@@ -79,7 +84,8 @@ def _legend(figure: plt.Figure, axis: Axes, columns: int) -> None:
 
 
 def speedups(rows: Sequence[Row], record: dict[str, Any], path: Path) -> bool:
-    """Bars per op: how many times faster than each peer, on a logarithmic axis; False where there is nothing."""
+    """Bars per op: how many times faster than each peer, on a logarithmic axis; False where there
+    is nothing."""
     backend = "auto" if "auto" in rows[0]["backends"] else rows[0]["backends"][0]
     rows = [row for row in rows if row["results"].get(backend, {}).get("speedup")]
     peers = [p for p in rows[0]["peers"] if any(p in r["times"] for r in rows)] if rows else []
@@ -100,11 +106,20 @@ def speedups(rows: Sequence[Row], record: dict[str, Any], path: Path) -> bool:
                     at.append(x - 0.4 + size * (i + 0.5))
                     heights.append(row["results"][backend]["speedup"][peer])
             axis.bar(
-                at, [h - 1 for h in heights], size * 0.92, bottom=1, color=THEIRS[i], label=f"vs {peer}"
+                at,
+                [h - 1 for h in heights],
+                size * 0.92,
+                bottom=1,
+                color=THEIRS[i],
+                label=f"vs {peer}",
             )
             for x, height in zip(at, heights, strict=True):
                 text = f"{height:.1f}" if height >= 1.95 else f"{height:.2f}"
-                place = {"xytext": (0, 2), "va": "bottom"} if height >= 1 else {"xytext": (0, -2), "va": "top"}
+                place = (
+                    {"xytext": (0, 2), "va": "bottom"}
+                    if height >= 1
+                    else {"xytext": (0, -2), "va": "top"}
+                )
                 axis.annotate(
                     text, (x, height), textcoords="offset points", ha="center", fontsize=8,
                     rotation=90 if size < 0.3 else 0, **place,
@@ -124,17 +139,21 @@ def speedups(rows: Sequence[Row], record: dict[str, Any], path: Path) -> bool:
 
 
 def rates(rows: Sequence[Row], record: dict[str, Any], path: Path) -> bool:
-    """Bars per op: GB/s (or TFLOP/s, where that is the bound) of each contender, and the ceiling's mark."""
+    """Bars per op: GB/s (or TFLOP/s, where that is the bound) of each contender, and the ceiling's
+    mark."""
     rows = [row for row in rows if row["times"]]
     if not rows:
         return False
     compute = rows[0]["ceiling"]["by"] == "matmul"
     unit = "TFLOP/s" if compute else "GB/s"
     kernels = [b for b in rows[0]["backends"] if b != "auto"] or ["auto"]
-    # The automatic choice is one of the bars already, unless it is native PyTorch, which is one too.
+    # The automatic choice is one of the bars already, unless it is native PyTorch, which is one
+    # too.
     shown = [n for n in (*kernels, *rows[0]["peers"]) if any(n in r["times"] for r in rows)]
     what = "Achieved rate of computing" if compute else "Achieved bandwidth of memory"
-    figure, panels = _panels(rows, len(shown), _title(f"{what}, {unit}, against the ceiling", rows[0], record))
+    figure, panels = _panels(
+        rows, len(shown), _title(f"{what}, {unit}, against the ceiling", rows[0], record)
+    )
     size = 0.84 / len(shown)
     for direction, axis in panels.items():
         members = [row for row in rows if row["pass"] == direction]

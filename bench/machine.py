@@ -27,9 +27,13 @@ def _git(*args: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """The commit and whether the sources differ from it; results do not count. None outside of git."""
+    """The commit and whether the sources differ from it; results do not count. None outside of
+    git."""
     changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }
 
 
 def cpu_name() -> str:
@@ -43,7 +47,11 @@ def cpu_name() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python, pydl, torch, Triton and the peers that are installed."""
-    found = {"python": platform.python_version(), "pydl": pydl.__version__, "torch": torch.__version__}
+    found = {
+        "python": platform.python_version(),
+        "pydl": pydl.__version__,
+        "torch": torch.__version__,
+    }
     for package in sorted({"triton", *(peer.package for peer in PEERS.values())} - {"torch"}):
         try:
             found[package] = metadata.version(package)

@@ -37,7 +37,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a row is measured: about so many seconds, at least so many rounds, samples not shorter than that."""
+    """How long a row is measured: about so many seconds, at least so many rounds, samples not
+    shorter than that."""
 
     seconds: float = 1.0
     rounds: int = 10
@@ -50,12 +51,15 @@ QUICK = Budget(seconds=0.1, rounds=3, sample=3e-5, most=40)
 
 
 def _summary(samples: list[float], calls: int, faults: float) -> Timing:
-    q1, median, q3 = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    q1, median, q3 = (
+        quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    )
     return Timing(median, q1, q3, len(samples), calls, faults)
 
 
 def order(names: list[str], turn: int) -> list[str]:
-    """Another one first each turn, and each other lap backwards: nobody always follows the same one."""
+    """Another one first each turn, and each other lap backwards: nobody always follows the same
+    one."""
     k = turn % len(names)
     rotated = names[k:] + names[:k]
     return rotated if turn // len(names) % 2 == 0 else rotated[::-1]
@@ -95,8 +99,8 @@ def _on_cpu(contenders: Mapping[str, Call], budget: Budget) -> dict[str, Timing]
 
 
 def _on_cuda(contenders: Mapping[str, Call], budget: Budget) -> dict[str, Timing]:
-    # Overwriting much more than the L2 empties it, and lasts longer than Python needs to launch what follows, so
-    # that the events enclose the kernels' time and not the launching.
+    # Overwriting much more than the L2 empties it, and lasts longer than Python needs to launch
+    # what follows, so that the events enclose the kernels' time and not the launching.
     flush = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
     for call in contenders.values():
         for _ in range(3):
@@ -153,15 +157,21 @@ def matmul(dtype: torch.dtype, device: str, n: int = 0) -> tuple[Call, float]:
 
 
 def ceilings(device: str, dtypes: tuple[str, ...], budget: Budget) -> dict[str, Any]:
-    """What the machine does at best: copying in GB/s, counting reads and writes, and products in TFLOP/s."""
+    """What the machine does at best: copying in GB/s, counting reads and writes, and products in
+    TFLOP/s."""
     nbytes = 1 << (30 if device == "cuda" else 28)
     # fp64 and CPU fp16 products are no kernel's ceiling here, and slow.
-    names = [n for n in dtypes if n in ("float32", "bfloat16") or (device == "cuda" and n == "float16")]
+    names = [
+        n for n in dtypes if n in ("float32", "bfloat16") or (device == "cuda" and n == "float16")
+    ]
     if device == "cuda" and "bfloat16" not in names:
         names.append("bfloat16")
     products = {name: matmul(getattr(torch, name), device) for name in names}
     with torch.no_grad():
-        calls = {"copy": copy(nbytes, device), **{name: call for name, (call, _) in products.items()}}
+        calls = {
+            "copy": copy(nbytes, device),
+            **{name: call for name, (call, _) in products.items()},
+        }
         times = interleaved(calls, device, budget)
     return {
         "copy_gb_per_s": nbytes / times["copy"].median / 1e6,

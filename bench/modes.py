@@ -1,8 +1,9 @@
 """Modes of the C library's allocator, and running the rows in a process that has one.
 
-Native PyTorch maps every large output anew on the CPU, and touching fresh pages takes longer than most pointwise
-kernels. `as-it-comes` is what a user gets without doing anything; `heap-reuse` tells glibc to keep the memory
-that is freed, which shows what the kernels themselves are worth. Ratios hold for one mode only.
+Native PyTorch maps every large output anew on the CPU, and touching fresh pages takes longer than
+most pointwise kernels. `as-it-comes` is what a user gets without doing anything; `heap-reuse` tells
+glibc to keep the memory that is freed, which shows what the kernels themselves are worth. Ratios
+hold for one mode only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from bench.options import Settings
 from bench.rows import Row, measured
 from pydl import use_backend
 
-# No block is mapped for itself, the heap grows by 1 GiB at a time and never shrinks; one arena for all threads.
+# No block is mapped for itself, the heap grows by 1 GiB at a time and never shrinks; one arena for
+# all threads.
 HEAP_REUSE = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": str(1 << 30),
@@ -53,7 +55,8 @@ def check_reuse() -> None:
 
 
 def here(settings: Settings, mode: str) -> Iterator[Item]:
-    """Measures in this process: yields ("row", row) for each, then ("ceilings", what `measure.ceilings` finds)."""
+    """Measures in this process: yields ("row", row) for each, then ("ceilings", what
+    `measure.ceilings` finds)."""
     budget = measure.QUICK if settings.quick else measure.FULL
     with use_backend(None):
         for row in measured(settings, mode):

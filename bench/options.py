@@ -54,14 +54,14 @@ class Settings:
         )
 
     def shapes_of(self, op: str) -> tuple[tuple[int, ...], ...]:
-        """The shapes to measure an op with: those asked for, else the table's, of which a quick run takes one."""
+        """The shapes to measure an op with: those asked for, else the table's, of which a quick run
+        takes one."""
         if self.shapes is not None:
             return self.shapes
         return TABLE[op].bench_shapes[: 1 if self.quick else None]
 
     def dtypes_of(self, op: str) -> list[str]:
         return [name for name in self.dtypes if getattr(torch, name) in TABLE[op].dtypes]
-
 
 
 def label(shape: tuple[int, ...]) -> str:
@@ -130,7 +130,9 @@ def _peers(text: str | None, device: str, ops: tuple[str, ...], quick: bool) -> 
 def _modes(text: str | None, device: str) -> tuple[str, ...]:
     if device != "cpu":
         if text not in (None, MODES[0]):
-            raise UsageError(f"--modes: {text!r} is for the CPU's allocator; {device} has {MODES[0]}")
+            raise UsageError(
+                f"--modes: {text!r} is for the CPU's allocator; {device} has {MODES[0]}"
+            )
         return MODES[:1]
     return MODES if text is None else _names("--modes", text, MODES, "mode of the allocator")
 
@@ -143,17 +145,25 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0, or 1 where a result was wrong (nothing is timed that is), or 2 for a bad option.",
     )
     p.add_argument("--ops", default="all", help="comma list, or all (default)")
-    p.add_argument("--backends", help="comma list of auto, cpu, cuda, triton (default: auto and what is there)")
+    p.add_argument(
+        "--backends", help="comma list of auto, cpu, cuda, triton (default: auto and what is there)"
+    )
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--dtype", default="float32,bfloat16", help="comma list (default: %(default)s)")
-    p.add_argument("--shapes", help="comma list such as 4096x4096,1024 (default: the table's, by op)")
+    p.add_argument(
+        "--shapes", help="comma list such as 4096x4096,1024 (default: the table's, by op)"
+    )
     p.add_argument("--peers", help=f"comma list of {', '.join(PEERS)} (default: torch, compile and what is "
                    "installed and fits)")  # fmt: skip
-    p.add_argument("--passes", default="forward,backward", help="comma list of forward, backward, both")
+    p.add_argument(
+        "--passes", default="forward,backward", help="comma list of forward, backward, both"
+    )
     p.add_argument("--modes", help="comma list of as-it-comes, heap-reuse: the C library's allocator as it "
                    "is, or told to keep memory, which saves page faults (default on the CPU: both)")  # fmt: skip
     p.add_argument("--out", type=Path, default=LOCAL, help="folder for results.json and charts")
-    p.add_argument("--quick", action="store_true", help="few rounds, one shape per op, torch the only peer")
+    p.add_argument(
+        "--quick", action="store_true", help="few rounds, one shape per op, torch the only peer"
+    )
     p.add_argument("--calibrate", action="store_true",
                    help="measure from which size on pydl is faster than native PyTorch, and write it to "
                    "pydl/calibration.json (or PYDL_CALIBRATION), which the automatic choice reads")  # fmt: skip

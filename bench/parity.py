@@ -14,7 +14,8 @@ from pydl.table import Case, Op
 
 Build = Callable[[Case], Callable[[], Tensor]]
 
-# How far a peer may be off: more than a kernel of ours, for it may sum in another order or approximate.
+# How far a peer may be off: more than a kernel of ours, for it may sum in another order or
+# approximate.
 PEER_SLACK = 16.0
 
 
@@ -64,7 +65,8 @@ def watched() -> Iterator[list[tuple[str, str]]]:
 
 
 class Gate:
-    """Holds what the definition in fp64 and native PyTorch give for one call, and judges others by it."""
+    """Holds what the definition in fp64 and native PyTorch give for one call, and judges others by
+    it."""
 
     def __init__(self, op: Op, case: Case) -> None:
         self._case = case
@@ -76,7 +78,8 @@ class Gate:
         )
 
     def judge(self, build: Build) -> dict[str, Any]:
-        """Whether a contender is right: `ok`, `checks` with errors and what is allowed, a `message`."""
+        """Whether a contender is right: `ok`, `checks` with errors and what is allowed, a
+        `message`."""
         try:
             got = results(build, self._case, self._dy)
         except Exception as error:
@@ -99,7 +102,8 @@ class Gate:
             yield {"what": name, "ok": right, "error": error, "allowed": allowed}
 
     def differs(self, build: Build) -> str | None:
-        """Why a peer does not compute the same, or None. Gradients it does not have are left to the timing."""
+        """Why a peer does not compute the same, or None. Gradients it does not have are left to the
+        timing."""
         with torch.no_grad():
             out = build(self._case)()
         if out.shape != self._reference[0].shape:

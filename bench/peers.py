@@ -1,7 +1,8 @@
 """What pydl is compared with: for each peer, its counterparts by the op's name.
 
-A counterpart is built from the op's arguments by name and returns a call without arguments, or None where the peer
-has no such variant. What a peer computes is checked against the definition before it is timed.
+A counterpart is built from the op's arguments by name and returns a call without arguments, or None
+where the peer has no such variant. What a peer computes is checked against the definition before it
+is timed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Counterpart = Callable[[Arguments], Call | None]
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer; without counterparts it is torch itself, and `build` takes the row's native function."""
+    """A peer; without counterparts it is torch itself, and `build` takes the row's native
+    function."""
 
     package: str
     module: str
@@ -66,7 +68,8 @@ def _compiled(op: Op) -> Callable[..., Tensor]:
 
     # Timing the backward pass alone keeps its graph, which donated buffers forbid.
     torch._functorch.config.donated_buffer = False
-    # A function of its own for each row: a second shape would make one that is shared recompile for any shape.
+    # A function of its own for each row: a second shape would make one that is shared recompile for
+    # any shape.
     torch._dynamo.reset()
     return torch.compile(lambda *args, **kwargs: op.native(*args, **kwargs), dynamic=False)
 

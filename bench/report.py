@@ -20,7 +20,9 @@ from bench.rows import Row
 WIDTH = 120
 
 
-def write_json(path: Path, machine: dict, settings: Settings, ceilings: dict, rows: list[Row]) -> None:
+def write_json(
+    path: Path, machine: dict, settings: Settings, ceilings: dict, rows: list[Row]
+) -> None:
     """Writes `results.json`."""
     content = {
         "machine": machine,
@@ -64,7 +66,11 @@ def _cells(row: Row, backend: str, peers: Sequence[str]) -> list[str | Text]:
     result = row["results"].get(backend)
     if result is None:
         blank: list[str | Text] = ["", "", ""]
-        return [Text("WRONG", style="bold red"), *blank[1:], *(Text("–", style="dim") for _ in peers)]
+        return [
+            Text("WRONG", style="bold red"),
+            *blank[1:],
+            *(Text("–", style="dim") for _ in peers),
+        ]
     return [
         _milliseconds(result["ms"]),
         _rate(row, result),
@@ -86,11 +92,18 @@ def _pydl(row: Row, backend: str) -> str:
 def _family(family: str, dtype: str, shape: str, rows: list[Row]) -> Table:
     peers = _with_times(rows, rows[0]["peers"])
     table = Table(
-        title=f"{family}, {dtype}, {shape}, {rows[0]['device']}", title_justify="left", title_style="bold"
+        title=f"{family}, {dtype}, {shape}, {rows[0]['device']}",
+        title_justify="left",
+        title_style="bold",
     )
     for name in ("op", "pass", "allocator", "pydl"):
         table.add_column(name, no_wrap=True)
-    for name in ("time", "rate", "of ceiling", *(f"{'vs ' if len(p) < 9 else ''}{p}" for p in peers)):
+    for name in (
+        "time",
+        "rate",
+        "of ceiling",
+        *(f"{'vs ' if len(p) < 9 else ''}{p}" for p in peers),
+    ):
         table.add_column(name, justify="right", no_wrap=name != "of ceiling")
     shown = (None, None)
     for row in rows:
@@ -161,14 +174,18 @@ def show(console: Console, settings: Settings, ceilings: dict, rows: list[Row]) 
     if rows:
         console.print(_means(rows, settings))
     for mode, found in ceilings.items():
-        products = "".join(f", {n} product {v:.2f} TFLOP/s" for n, v in found["matmul_tflop_per_s"].items())
+        products = "".join(
+            f", {n} product {v:.2f} TFLOP/s" for n, v in found["matmul_tflop_per_s"].items()
+        )
         console.print(f"Ceilings, {WORDS[mode]}: copy {found['copy_gb_per_s']:.1f} GB/s{products}")
     console.print(
         "Times are medians; × says how many times faster pydl is in that mode of the allocator. The ceiling is a "
         "copy into existing memory of as many bytes, timed in the same rounds; stores past the cache can beat it.",
         style="dim",
     )
-    absent = {f"{row['op']}: {peer}: n/a: {why}" for row in rows for peer, why in row["absent"].items()}
+    absent = {
+        f"{row['op']}: {peer}: n/a: {why}" for row in rows for peer, why in row["absent"].items()
+    }
     for line in (*skips, *sorted(absent)):
         console.print(line, style="dim", markup=False)
     wrong = {

@@ -1,9 +1,10 @@
 """The rows: every op, shape and dtype, with its contenders built, judged and timed.
 
-A row is a dict, as `results.json` holds it: `op, family, shape, dtype, device, pass, mode`; `bytes` and `flops`
-that the pass must move and compute; `backends` (pydl's) and `peers`; `times` by contender (see `Timing`);
-`ceiling` (`ms`, `gb_per_s`, `by`: what bounds the pass); `results` by backend (`ms, gb_per_s, tflop_per_s,
-ceiling_share, speedup` by peer, `chose`); `parity` by backend; `absent`: peer -> why it has no time.
+A row is a dict, as `results.json` holds it: `op, family, shape, dtype, device, pass, mode`; `bytes`
+and `flops` that the pass must move and compute; `backends` (pydl's) and `peers`; `times` by
+contender (see `Timing`); `ceiling` (`ms`, `gb_per_s`, `by`: what bounds the pass); `results` by
+backend (`ms, gb_per_s, tflop_per_s, ceiling_share, speedup` by peer, `chose`); `parity` by backend;
+`absent`: peer -> why it has no time.
 """
 
 from __future__ import annotations
@@ -158,9 +159,7 @@ def _ceiling(times: dict[str, Timing], nbytes: int, flops: int, product: float) 
     return found
 
 
-def time_pass(
-    field: Field, direction: str, settings: Settings, mode: str, budget: Budget
-) -> Row:
+def time_pass(field: Field, direction: str, settings: Settings, mode: str, budget: Budget) -> Row:
     """Times one pass of all contenders and the ceiling, interleaved."""
     op, case = field.op, field.case
     nbytes, flops = _cost(op, case, direction)
@@ -217,7 +216,8 @@ def jobs(settings: Settings) -> list[tuple[str, tuple[int, ...], str]]:
 
 
 def measured(settings: Settings, mode: str) -> Iterator[Row]:
-    """The rows of a run, one after the other; an op that cannot take a shape gives a row with `skipped`."""
+    """The rows of a run, one after the other; an op that cannot take a shape gives a row with
+    `skipped`."""
     budget = measure.QUICK if settings.quick else measure.FULL
     for name, shape, dtype in jobs(settings):
         op = TABLE[name]

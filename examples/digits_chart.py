@@ -9,8 +9,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 TORCH, PYDL, INK, FAINT = "#b8bfca", "#e4572e", "#22262e", "#6b7280"
 
@@ -37,9 +37,7 @@ def _losses(upper: Axes, lower: Axes, plain: list[float], fused: list[float]) ->
     upper.set_ylabel("training loss", color=INK)
     upper.legend(frameon=False, fontsize=9)
     upper.tick_params(labelbottom=False)
-    lower.plot(
-        [abs(a - b) for a, b in zip(plain, fused, strict=True)], color=INK, linewidth=0.8
-    )
+    lower.plot([abs(a - b) for a, b in zip(plain, fused, strict=True)], color=INK, linewidth=0.8)
     lower.set_yscale("log")
     lower.set_ylabel("|difference|", color=INK)
     lower.set_xlabel("step", color=INK)

@@ -1,7 +1,9 @@
-"""Trains a small network on handwritten digits, with torch.nn's modules and after `pydl.replace(model)`.
+"""Trains a small network on handwritten digits, with torch.nn's modules and after
+`pydl.replace(model)`.
 
-Both networks start from one seed and see the same batches; their steps alternate, so that whatever else the
-machine does slows both alike. Prints a table and writes a chart with the losses and the kernels' times.
+Both networks start from one seed and see the same batches; their steps alternate, so that whatever
+else the machine does slows both alike. Prints a table and writes a chart with the losses and the
+kernels' times.
 
     python -m examples.digits_mlp --epochs 60 --backend cpu
 """
@@ -173,11 +175,17 @@ def main(argv: list[str] | None = None) -> int:
         description="Trains on handwritten digits with torch.nn and after pydl.replace, and compares.",
     )
     parser.add_argument("--epochs", type=int, default=60, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("build/demo/digits.png"), help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="of timing each kernel; default: %(default)s")
     parser.add_argument(
-        "--backend", choices=backends.NAMES, help="who computes in pydl's modules; default: automatic"
+        "--out", type=Path, default=Path("build/demo/digits.png"), help="default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="of timing each kernel; default: %(default)s"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=backends.NAMES,
+        help="who computes in pydl's modules; default: automatic",
     )
     args = parser.parse_args(argv)
     if args.epochs < 1 or args.rounds < 1:

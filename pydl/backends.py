@@ -143,7 +143,8 @@ def serves(name: str) -> tuple[str, ...]:
 
 
 def takes(name: str, dtype: torch.dtype) -> bool:
-    """Whether a backend has kernels for a dtype: all that an op's row lists, fp64 but for Triton."""
+    """Whether a backend has kernels for a dtype: all that an op's row lists, fp64 but for
+    Triton."""
     return name != "triton" or dtype != torch.float64
 
 

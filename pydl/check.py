@@ -20,7 +20,8 @@ INTERPRETED = 20_000
 
 
 class Result(NamedTuple):
-    """One tensor judged: "output" or "gradient 0", whether it is right, its error and the largest allowed."""
+    """One tensor judged: "output" or "gradient 0", whether it is right, its error and the largest
+    allowed."""
 
     what: str
     ok: bool
@@ -37,7 +38,8 @@ class Expected:
 
 
 def run(function: Callable[..., Tensor], case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """The output of a call and the gradient of every floating tensor; dy is random, of values that `dtype` holds."""
+    """The output of a call and the gradient of every floating tensor; dy is random, of values that
+    `dtype` holds."""
     tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in case.tensors()]
     given = iter(tensors)
     args = (next(given) if isinstance(a, Tensor) else a for a in case.args)
@@ -58,8 +60,8 @@ def expected(op: Op, case: Case) -> Expected:
 def compare(op: Op, backend: str, case: Case, wanted: Expected | None = None) -> list[Result]:
     """Judges the output of a call, and every gradient, on a backend.
 
-    A gradient is judged where native PyTorch's and the definition's are finite: at extreme values autograd's
-    derivative of a formula may be inf - inf where the true one is finite.
+    A gradient is judged where native PyTorch's and the definition's are finite: at extreme values
+    autograd's derivative of a formula may be inf - inf where the true one is finite.
 
     Args:
         op: A row of the table.
@@ -191,7 +193,8 @@ def main(
     dtypes: Sequence[torch.dtype] | None,
     device: str | None,
 ) -> int:
-    """Prints a line per op and backend; returns the exit status: 0 where all is right and anything was checked."""
+    """Prints a line per op and backend; returns the exit status: 0 where all is right and anything
+    was checked."""
     cases, failed, most = 0, 0, 5
     for line in check(ops, backends_, dtypes, device):
         print(line, flush=True)

@@ -1,4 +1,5 @@
-"""The functional API: `torch.nn.functional`'s names where torch has the function, each with `backend=`."""
+"""The functional API: `torch.nn.functional`'s names where torch has the function, each with
+`backend=`."""
 
 from pydl.ops.activation import (
     elu,

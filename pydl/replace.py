@@ -1,7 +1,8 @@
 """Swaps the modules of a model for their fused twins: in place, by instance, reversibly.
 
-A twin shares the `__dict__` of the module that it stands for: the same parameters, buffers, hooks, flags and
-children, so optimisers, tied weights and handles go on working, and what is done to either is done to both.
+A twin shares the `__dict__` of the module that it stands for: the same parameters, buffers, hooks,
+flags and children, so optimisers, tied weights and handles go on working, and what is done to
+either is done to both.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ TWINS: dict[type, type] = {}
 def register_twin(torch_cls: type, pydl_cls: type) -> None:
     """Says that `pydl_cls` may stand for `torch_cls`.
 
-    `replace` hands the attributes of the one to the other without calling a constructor: the twin's `forward`
-    must work with them alone, and must do what that of `torch_cls` does.
+    `replace` hands the attributes of the one to the other without calling a constructor: the twin's
+    `forward` must work with them alone, and must do what that of `torch_cls` does.
 
     Raises:
         ValueError: `torch_cls` has another twin.
@@ -119,7 +120,8 @@ class _Filter:
                 )
 
     def matches(self, found: Found) -> bool:
-        """Whether a pattern fits the module; types and names also where they fit a container of it."""
+        """Whether a pattern fits the module; types and names also where they fit a container of
+        it."""
         fits = [
             p for p in self.patterns if any(self._fits(p, found.module, q) for q in found.places)
         ]
@@ -191,21 +193,25 @@ def replace(
 ) -> Report:
     """Swaps a model's modules for their fused twins, in place, and says what it did.
 
-    Only a module whose type is exactly one of `TWINS` is swapped; what derives from one is left alone and named in
-    `report.skipped`. A module that stands in several places gets one twin. State is shared, not copied: parameters,
-    buffers, hooks, the training flag and `state_dict` keys stay what they are. Nothing is changed if an error occurs.
+    Only a module whose type is exactly one of `TWINS` is swapped; what derives from one is left
+    alone and named in `report.skipped`. A module that stands in several places gets one twin. State
+    is shared, not copied: parameters, buffers, hooks, the training flag and `state_dict` keys stay
+    what they are. Nothing is changed if an error occurs.
 
     Args:
-        model: Any module. Where it is itself of such a type it has no place to be swapped in: use `report.model`.
-        include: What to swap; None for all. One or several of: a module type; a name as in `named_modules`, with
-            `*` and `?`; a function of (path, module). A type or name that fits a container stands for all in it.
+        model: Any module. Where it is itself of such a type it has no place to be swapped in: use
+            `report.model`.
+        include: What to swap; None for all. One or several of: a module type; a name as in
+            `named_modules`, with `*` and `?`; a function of (path, module). A type or name that
+            fits a container stands for all in it.
         exclude: What to leave alone, likewise; it wins over `include`.
-        backend: Who computes in the twins; None for the automatic choice at each call (see `pydl.backends`).
+        backend: Who computes in the twins; None for the automatic choice at each call (see
+            `pydl.backends`).
         dry_run: Change nothing, only report what would be done.
 
     Returns:
-        What was replaced and skipped and why; `print(report)` shows it, `report.undo()` takes it back, and
-        `report.model` is the model to use from now on.
+        What was replaced and skipped and why; `print(report)` shows it, `report.undo()` takes it
+        back, and `report.model` is the model to use from now on.
 
     Raises:
         TypeError: `model` is no module, or a pattern is not as above.
@@ -256,7 +262,8 @@ def replace(
 
 
 def _twin(module: nn.Module, cls: type) -> nn.Module:
-    """An object of another class with the same attributes: the same dictionary, not a copy of it."""
+    """An object of another class with the same attributes: the same dictionary, not a copy of
+    it."""
     twin: Any = object.__new__(cls)
     object.__setattr__(twin, "__dict__", module.__dict__)
     return twin

@@ -38,7 +38,8 @@ class Skipped(NamedTuple):
 
 
 class Swap(NamedTuple):
-    """A module, its twin, and the (parent, name) where it stands; the model itself has no parent."""
+    """A module, its twin, and the (parent, name) where it stands; the model itself has no
+    parent."""
 
     old: nn.Module
     new: nn.Module
@@ -56,8 +57,10 @@ class Report:
 
     Attributes:
         model: The model to use: the one given, or its twin where it was of a known type itself.
-        replaced: (path, old, new, reason) of each module that was swapped; the path of the model itself is "".
-        skipped: (path, type, why) of each module left alone that is, or derives from, a type with a twin.
+        replaced: (path, old, new, reason) of each module that was swapped; the path of the model
+            itself is "".
+        skipped: (path, type, why) of each module left alone that is, or derives from, a type with a
+            twin.
         notes: What else is to be known, such as a pattern that fits nothing.
         dry_run: Nothing was changed.
         undone: It was taken back.
@@ -94,7 +97,8 @@ class Report:
             raise
 
     def undo(self) -> None:
-        """Puts the very modules back that were there before, wherever their twins stand in the model now.
+        """Puts the very modules back that were there before, wherever their twins stand in the
+        model now.
 
         A place that holds something else by now is left alone. A second call does nothing.
         """
@@ -145,7 +149,8 @@ class Report:
 
 
 def _table(rows: list[tuple[str, list[str]]]) -> list[str]:
-    """A count and a title for each row, and below it its paths, the first few where there are many."""
+    """A count and a title for each row, and below it its paths, the first few where there are
+    many."""
     lines = []
     for title, paths in rows:
         lines += textwrap.wrap(

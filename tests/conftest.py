@@ -45,7 +45,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out the dtypes that a backend has no kernels for."""
     left_out = []
     for item in items:
-        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        given = (
+            item.callspec.params
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else {}
+        )
         if "backend" in given and "dtype" in given and not takes(given["backend"], given["dtype"]):
             left_out.append(item)
     if left_out:

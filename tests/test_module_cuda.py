@@ -1,4 +1,5 @@
-"""The CUDA branch of csrc/module.cpp compiles against torch's headers, which the CPU build of torch ships too."""
+"""The CUDA branch of csrc/module.cpp compiles against torch's headers, which the CPU build of torch
+ships too."""
 
 from __future__ import annotations
 

@@ -28,22 +28,25 @@ def _function(function: Callable, case: Case, **options: object) -> Callable[...
 
 
 def _compared(op: Op, backend: str, transform: Callable, most: int = 400) -> list[str]:
-    """Complaints where `transform(function, case)` of the op is not that of the definition."""
+    """Complaints where `transform(function, case)` of the op is not that of native PyTorch.
+
+    In fp64, where rounding cannot hide a wrong derivative; Triton's kernels have none.
+    """
+    dtype, close = (torch.float32, 2e-5) if backend == "triton" else (torch.float64, 1e-11)
     complaints = []
-    for case in _calls(op, backend, most=most):
+    for case in _calls(op, backend, dtype, most):
         try:
             got = transform(_function(op.function, case, backend=backend), case)
         except Exception as error:
             complaints.append(f"{case.label}: {type(error).__name__}: {str(error)[:200]}")
             continue
-        wide = case.to(torch.float64)
-        wanted, native = (
-            transform(_function(op.reference, wide), wide),
-            transform(_function(op.native, case), case),
-        )
-        for i, (a, b, c) in enumerate(zip(got, wanted, native, strict=True)):
-            terms = case.args[0].numel()
-            complaints += harness.judged(f"{case.label}: result {i}", a, b, c, terms)
+        for i, (a, b) in enumerate(
+            zip(got, transform(_function(op.native, case), case), strict=True)
+        ):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                complaints.append(f"{case.label}: result {i} is {a.dtype} {tuple(a.shape)}")
+            elif (error := (a - b).abs().max() / b.abs().max().clamp(min=1)) > close:
+                complaints.append(f"{case.label}: result {i} is off by {float(error):.1e}")
     return complaints
 
 

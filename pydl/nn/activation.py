@@ -1,8 +1,8 @@
 """Activations as modules: twins of `torch.nn`'s, and what torch lacks.
 
-A twin has the constructor, attributes, `state_dict` and `repr` of the torch module that it subclasses; only
-who computes differs. Every module here has an attribute `backend`, None for the automatic choice; set it to
-say who computes: `module.backend = "triton"` (see `pydl.backends`).
+A twin has the constructor, attributes, `state_dict` and `repr` of the torch module that it
+subclasses; only who computes differs. Every module here has an attribute `backend`, None for the
+automatic choice; set it to say who computes: `module.backend = "triton"` (see `pydl.backends`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class ReLU(HasBackend, nn.ReLU):
 
 
 class LeakyReLU(HasBackend, nn.LeakyReLU):
-    """Leaky rectified linear unit, `x if x > 0 else negative_slope * x`; twin of `torch.nn.LeakyReLU`.
+    """Leaky rectified linear unit, `x if x > 0 else negative_slope * x`; twin of
+    `torch.nn.LeakyReLU`.
 
     Args:
         negative_slope: The slope where x <= 0.
@@ -67,7 +68,8 @@ class LeakyReLU(HasBackend, nn.LeakyReLU):
 
 
 class PReLU(HasBackend, nn.PReLU):
-    """Leaky rectified linear unit with a learnt slope, `x if x > 0 else weight * x`; twin of `torch.nn.PReLU`.
+    """Leaky rectified linear unit with a learnt slope, `x if x > 0 else weight * x`; twin of
+    `torch.nn.PReLU`.
 
     Args:
         num_parameters: 1, or the number of channels.
@@ -116,7 +118,8 @@ class SELU(HasBackend, nn.SELU):
 
 
 class GELU(HasBackend, nn.GELU):
-    """Gaussian error linear unit, `x * Phi(x)`, Phi the normal distribution function; twin of `torch.nn.GELU`.
+    """Gaussian error linear unit, `x * Phi(x)`, Phi the normal distribution function; twin of
+    `torch.nn.GELU`.
 
     Args:
         approximate: "none", or "tanh" for `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`.

@@ -1,4 +1,5 @@
-"""Modules for what comes after a matrix product: gated linear units, and bias with activation and dropout."""
+"""Modules for what comes after a matrix product: gated linear units, and bias with activation and
+dropout."""
 
 from __future__ import annotations
 
@@ -27,20 +28,22 @@ def _halves(name: str, input: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 class GatedAct(HasBackend, nn.Module):
     """A gated linear unit, `act(gate) * up`, in one pass.
 
-    Called with one tensor, it takes the first half of dimension `dim` for the gate and the second for up: the
-    order of Llama's packed `gate_up` projection, and not that of `torch.nn.GLU`, whose gate is the second half.
-    Called with two, `module(gate, up)`, it takes those.
+    Called with one tensor, it takes the first half of dimension `dim` for the gate and the second
+    for up: the order of Llama's packed `gate_up` projection, and not that of `torch.nn.GLU`, whose
+    gate is the second half. Called with two, `module(gate, up)`, it takes those.
 
     Args:
         act: The activation: any that `pydl.functional.bias_act` has.
         dim: The dimension that is halved.
-        act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their defaults.
+        act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their
+            defaults.
 
     Shape: `(*, 2n, *)` to `(*, n, *)`, or two tensors of one shape to the same.
 
     Raises:
         ValueError: `act` or `act_param` is not as above.
-        RuntimeError: at the call, the size to halve is odd, or gate and up differ in shape or dtype.
+        RuntimeError: at the call, the size to halve is odd, or gate and up differ in shape or
+            dtype.
 
     Source: Shazeer 2020, arXiv 2002.05202.
     """
@@ -140,7 +143,8 @@ class GLU(HasBackend, nn.GLU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        # torch fuses this one, backward too, so it is the automatic choice until an op `glu` is measured.
+        # torch fuses this one, backward too, so it is the automatic choice until an op `glu` is
+        # measured.
         if choose("glu", self.backend, input) == "torch":
             return super().forward(input)
         up, gate = _halves("GLU", input, self.dim)
@@ -156,7 +160,8 @@ class BiasAct(HasBackend, nn.Module):
         num_features: The length of the bias.
         act: The activation: any that `pydl.functional.bias_act` has.
         dropout_p: The probability of an element to be dropped.
-        act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their defaults.
+        act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their
+            defaults.
         dim: The bias' dimension: -1 after a linear layer, 1 after a convolution.
         device: Where the bias lives.
         dtype: The bias' dtype.
