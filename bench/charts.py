@@ -168,11 +168,12 @@ def rates(rows: Sequence[Row], record: dict[str, Any], path: Path) -> bool:
             at = [x - 0.42 + size * (i + 0.5) for x, _ in pairs]
             title = f"pydl {name}" if mine else name
             axis.bar(at, heights, size * 0.92, color=colour, label=title)
+        ceiling = "ceiling: " + ("product" if compute else "copy of as many bytes")
         for x, row in enumerate(members):
             rate = row["ceiling"]["tflop_per_s" if compute else "gb_per_s"]
             axis.hlines(
                 rate, x - 0.46, x + 0.46, color="#222222", linewidth=1.6, linestyle=(0, (3, 1.5)),
-                label="ceiling: " + ("product" if compute else "copy of as many bytes") if x == 0 else None,
+                label=ceiling if x == 0 else None,
             )  # fmt: skip
         axis.set_ylabel(unit)
         axis.set_ylim(bottom=0)

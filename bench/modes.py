@@ -49,7 +49,8 @@ def check_reuse() -> None:
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     if faults > 400:
         raise RuntimeError(
-            f"bench: a 16 MiB tensor takes {faults} page faults with {', '.join(HEAP_REUSE)} set: this C "
+            f"bench: a 16 MiB tensor takes {faults} page faults with {', '.join(HEAP_REUSE)} "
+            "set: this C "
             "library is not glibc, or another allocator is loaded; remedy: --modes as-it-comes"
         )
 

@@ -142,7 +142,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m bench",
         description="Measures pydl's ops against native PyTorch, torch.compile and other packages.",
-        epilog="Exit status: 0, or 1 where a result was wrong (nothing is timed that is), or 2 for a bad option.",
+        epilog="Exit status: 0, or 1 where a result was wrong (nothing is timed that is), or 2 "
+        "for a bad option.",
     )
     p.add_argument("--ops", default="all", help="comma list, or all (default)")
     p.add_argument(
@@ -153,20 +154,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--shapes", help="comma list such as 4096x4096,1024 (default: the table's, by op)"
     )
-    p.add_argument("--peers", help=f"comma list of {', '.join(PEERS)} (default: torch, compile and what is "
+    p.add_argument("--peers", help=f"comma list of {', '.join(PEERS)} (default: torch, compile "
+                                   "and what is "
                    "installed and fits)")  # fmt: skip
     p.add_argument(
         "--passes", default="forward,backward", help="comma list of forward, backward, both"
     )
-    p.add_argument("--modes", help="comma list of as-it-comes, heap-reuse: the C library's allocator as it "
-                   "is, or told to keep memory, which saves page faults (default on the CPU: both)")  # fmt: skip
+    p.add_argument("--modes", help="comma list of as-it-comes, heap-reuse: the C library's "
+                                   "allocator as it "
+                   "is, or told to keep memory, which saves page faults (default on the CPU: "
+                   "both)")  # fmt: skip
     p.add_argument("--out", type=Path, default=LOCAL, help="folder for results.json and charts")
     p.add_argument(
         "--quick", action="store_true", help="few rounds, one shape per op, torch the only peer"
     )
     p.add_argument("--calibrate", action="store_true",
-                   help="measure from which size on pydl is faster than native PyTorch, and write it to "
-                   "pydl/calibration.json (or PYDL_CALIBRATION), which the automatic choice reads")  # fmt: skip
+                   help="measure from which size on pydl is faster than native PyTorch, and "
+                        "write it to "
+                   "pydl/calibration.json (or PYDL_CALIBRATION), which the automatic choice "
+                   "reads")  # fmt: skip
     return p
 
 

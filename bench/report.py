@@ -179,8 +179,10 @@ def show(console: Console, settings: Settings, ceilings: dict, rows: list[Row]) 
         )
         console.print(f"Ceilings, {WORDS[mode]}: copy {found['copy_gb_per_s']:.1f} GB/s{products}")
     console.print(
-        "Times are medians; × says how many times faster pydl is in that mode of the allocator. The ceiling is a "
-        "copy into existing memory of as many bytes, timed in the same rounds; stores past the cache can beat it.",
+        "Times are medians; × says how many times faster pydl is in that mode of the "
+        "allocator. The ceiling is a "
+        "copy into existing memory of as many bytes, timed in the same rounds; stores past the "
+        "cache can beat it.",
         style="dim",
     )
     absent = {

@@ -172,7 +172,8 @@ def table(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples.digits_mlp",
-        description="Trains on handwritten digits with torch.nn and after pydl.replace, and compares.",
+        description="Trains on handwritten digits with torch.nn and after pydl.replace, and "
+        "compares.",
     )
     parser.add_argument("--epochs", type=int, default=60, help="default: %(default)s")
     parser.add_argument(

@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help=about,
         description=f"check {about}: output and gradients, a line per op and backend.",
-        epilog="The exit status is 0 if all is right, 1 if anything is wrong or nothing was checked, "
+        epilog="The exit status is 0 if all is right, 1 if anything is wrong or nothing was "
+        "checked, "
         "2 if an option cannot be met.",
     )
     run.add_argument(
@@ -95,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         type=_dtypes,
         metavar="A,B",
-        help="of float32, float16, bfloat16, float64 (or fp32, fp16, bf16, fp64); default: all that an op has",
+        help="of float32, float16, bfloat16, float64 (or fp32, fp16, bf16, fp64); default: all "
+        "that an op has",
     )
     run.add_argument("--device", help="such as cpu or cuda:1; default: where each backend computes")
     about = "prints the op table in Markdown, as the README has it"

@@ -176,7 +176,8 @@ def check(
             places.setdefault(device or kind, []).append(name)
         elif backends_:
             raise ValueError(
-                f"pydl: check: device is {device!r}, but backend {name!r} serves {' and '.join(serves)}"
+                f"pydl: check: device is {device!r}, but backend {name!r} serves "
+                f"{' and '.join(serves)}"
             )
     if not places:
         raise ValueError(

@@ -115,7 +115,8 @@ class _Filter:
                 isinstance(pattern, str) or callable(pattern)
             ):
                 raise TypeError(
-                    f"pydl: replace: {name} has {pattern!r}, wants module types, names (with * and ?) or "
+                    f"pydl: replace: {name} has {pattern!r}, wants module types, names (with * "
+                    "and ?) or "
                     "functions of (path, module)"
                 )
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
+from pydl.backends import takes
 from pydl.table import Case, Op
 from tests import harness
 
@@ -30,9 +31,10 @@ def _function(function: Callable, case: Case, **options: object) -> Callable[...
 def _compared(op: Op, backend: str, transform: Callable, most: int = 400) -> list[str]:
     """Complaints where `transform(function, case)` of the op is not that of native PyTorch.
 
-    In fp64, where rounding cannot hide a wrong derivative; Triton's kernels have none.
+    In fp64 where the backend has it, so that rounding cannot hide a wrong derivative.
     """
-    dtype, close = (torch.float32, 2e-5) if backend == "triton" else (torch.float64, 1e-11)
+    wide = takes(backend, torch.float64)
+    dtype, close = (torch.float64, 1e-11) if wide else (torch.float32, 2e-5)
     complaints = []
     for case in _calls(op, backend, dtype, most):
         try:

@@ -216,4 +216,5 @@ class BiasAct(HasBackend, nn.Module):
 
     def extra_repr(self) -> str:
         param = "" if self.act_param is None else f", act_param={self.act_param}"
-        return f"{self.num_features}, act={self.act!r}, dropout_p={self.dropout_p}{param}, dim={self.dim}"
+        text = f"{self.num_features}, act={self.act!r}, dropout_p={self.dropout_p}{param}"
+        return f"{text}, dim={self.dim}"
