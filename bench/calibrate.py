@@ -27,9 +27,9 @@ from pydl.table import TABLE, Case, Make, Op
 
 TABLE_FILE = Path(calibration.__file__).with_name("calibration.json")
 DTYPES = ("float32", "bfloat16", "float16")  # fp64 stays native
-SIZES = tuple(4**k for k in range(5, 13))  # 1 thousand to 16 million elements
+SIZES = tuple(4**k for k in range(5, 12))  # 1 thousand to 4 million elements
 GAIN = 1.03
-BUDGET = Budget(seconds=0.12, rounds=7, sample=1e-4, most=60)
+BUDGET = Budget(seconds=0.05, rounds=5, sample=1e-4, most=40)
 QUICK = Budget(seconds=0.01, rounds=3, sample=1e-5, most=5)
 
 

@@ -23,7 +23,7 @@ BACKENDS = ("cpu", "cuda", "triton")
 ROOT = Path(__file__).resolve().parents[1]
 
 # The largest call, in elements of its tensors together, that an interpreted backend is given.
-_MOST = {"triton": 2500, "cuda": 1_000_000}
+_MOST = {"triton": 4500, "cuda": 1_000_000}
 
 
 def real_cuda() -> bool:

@@ -22,7 +22,8 @@ class Channels:
         dims, shape = like.dim(), like.shape
         order = list(range(dims))
         if not contiguous and not like.is_contiguous():
-            in_memory = sorted(order, key=lambda d: -like.stride(d))
+            strides = like.stride()
+            in_memory = sorted(order, key=lambda d: -strides[d])
             if like.permute(in_memory).is_contiguous():
                 order = in_memory
         self._order = order
