@@ -82,10 +82,12 @@ def smallest(ratios: dict[int, float]) -> int:
     return found
 
 
-def measure(device: str, backend: str, sizes: tuple[int, ...], quick: bool) -> dict[str, Any]:
+def measure(
+    device: str, backend: str, ops: tuple[str, ...], sizes: tuple[int, ...], quick: bool
+) -> dict[str, Any]:
     """{op: {dtype: [backend, elements, elements with gradient]}}, each entry measured."""
     table: dict[str, Any] = {}
-    found = list(keys())
+    found = [entry for entry in keys() if entry[1].name in ops]
     budget = QUICK if quick else BUDGET
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("calibrating", total=len(found) * len(DTYPES))
@@ -123,7 +125,9 @@ def run(settings: Settings, path: Path = TABLE_FILE, sizes: tuple[int, ...] = SI
         )
         return 2
     # Of several the first wins a tie; each op takes the one that pays off at the smaller size.
-    tables = [measure(settings.device, backend, sizes, settings.quick) for backend in chosen]
+    tables = [
+        measure(settings.device, backend, settings.ops, sizes, settings.quick) for backend in chosen
+    ]
     merged = tables[0]
     for table in tables[1:]:
         for key, dtypes in table.items():
@@ -131,7 +135,7 @@ def run(settings: Settings, path: Path = TABLE_FILE, sizes: tuple[int, ...] = SI
                 if limits[2] > 0 and not 0 < merged[key][name][2] <= limits[2]:
                     merged[key][name] = limits
     text = json.loads(path.read_text()) if path.exists() else {}
-    text.setdefault("sizes", {})[settings.device] = merged
+    text.setdefault("sizes", {}).setdefault(settings.device, {}).update(merged)
     text.setdefault("measured", {})[settings.device] = machine.record(settings.device)
     path.write_text(json.dumps(text, indent=1, sort_keys=True) + "\n")
     calibration.reload()

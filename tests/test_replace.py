@@ -47,12 +47,12 @@ def test_replaces_and_undoes() -> None:
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("backend", [None, "cpu"])
-def test_trains_the_same(backend: str | None) -> None:
+@pytest.mark.parametrize("asked", [None, "cpu"])
+def test_trains_the_same(asked: str | None) -> None:
     torch.manual_seed(0)
     plain = Net()
     fused = copy.deepcopy(plain)
-    pydl.replace(fused, backend=backend)
+    pydl.replace(fused, backend=asked)
     x, y = torch.randn(32, 8), torch.randn(32, 4)
     losses: list[list[float]] = []
     for model in (plain, fused):
