@@ -207,9 +207,6 @@ PYDL_HD vfloat reciprocal(vfloat d) {
 #if PYDL_LEVEL == 2
   const vfloat r = (vfloat)_mm512_maskz_rcp14_ps(0xffff, (__m512)d);
   return r + r * (1.0f - d * r);
-#elif PYDL_LEVEL == 1
-  const vfloat r = (vfloat)_mm256_rcp_ps((__m256)d);
-  return r + r * (1.0f - d * r);
 #else
   return 1.0f / d;
 #endif

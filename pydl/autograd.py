@@ -8,7 +8,7 @@ holds for every op alike: double and higher backward, forward-mode derivatives a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,50 +72,12 @@ def derivative(rule: Rule, dy: Tensor, saved: Sequence[Tensor], scalars: tuple) 
     return tuple(next(got) if t.is_floating_point() else None for t in leaves)
 
 
-def _stack(results: list[Any]) -> tuple[Any, Any]:
-    """Results of a loop over a batch, as vmap wants them: with the batch first."""
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    columns = [
-        None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True)
-    ]
-    return tuple(columns), tuple(None if c is None else 0 for c in columns)
-
-
-def _over_batch(
-    apply: Callable, pointwise: bool, size: int, dims: tuple, args: tuple
-) -> tuple[Any, Any]:
-    """vmap of a Function: at once where elements do not meet, else one slice after the other."""
-    if pointwise:
-        moved = [
-            arg.movedim(dim, 0)
-            if dim is not None
-            else arg.expand(size, *arg.shape)
-            if isinstance(arg, Tensor)
-            else arg
-            for arg, dim in zip(args, dims, strict=True)
-        ]
-        out = apply(*moved)
-        return out, 0 if isinstance(out, Tensor) else tuple(None if o is None else 0 for o in out)
-    results = [
-        apply(
-            *(
-                arg if dim is None else arg.select(dim, i)
-                for arg, dim in zip(args, dims, strict=True)
-            )
-        )
-        for i in range(size)
-    ]
-    return _stack(results)
-
-
 def special() -> bool:
-    """Whether tracing, a functorch transform or forward-mode differentiation is going on."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    """Whether a functorch transform or forward-mode differentiation is going on.
+
+    Then the definition computes: every transform sees through it, and not through a kernel.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def make(rule: Rule) -> Callable[..., Tensor]:
@@ -141,9 +103,10 @@ def make(rule: Rule) -> Callable[..., Tensor]:
             create = torch.is_grad_enabled()
             given = ctx.saved_tensors
             wanted = ctx.needs_input_grad[3 : 3 + len(given)]
+            # Aliases: dy may come from x, and what flows back to x through dy is not ours to count.
             with torch.enable_grad():
                 leaves = [
-                    t if create and need else t.detach().requires_grad_(need)
+                    t.view_as(t) if create and need else t.detach().requires_grad_(need)
                     for t, need in zip(given, wanted, strict=True)
                 ]
                 first = derivative(rule, leaves[0], leaves[1:], ctx.scalars)
@@ -153,18 +116,19 @@ def make(rule: Rule) -> Callable[..., Tensor]:
                     if d is not None and g is not None and d.requires_grad
                 ]
                 inputs = [t for t, need in zip(leaves, wanted, strict=True) if need]
-                got = iter(
-                    torch.autograd.grad(
-                        [d for d, _ in pairs], inputs, [g.to(d.dtype) for d, g in pairs],
-                        create_graph=create, allow_unused=True,
-                    ) if pairs and inputs else [None] * len(inputs)
-                )  # fmt: skip
+                got: Iterator[Tensor | None] = iter([None] * len(inputs))
+                if pairs and inputs:
+                    got = iter(
+                        torch.autograd.grad(
+                            [d for d, _ in pairs],
+                            inputs,
+                            [g.to(d.dtype) for d, g in pairs],
+                            create_graph=create,
+                            allow_unused=True,
+                        )
+                    )
             grads = [next(got) if need else None for need in wanted]
             return (None, None, None, *grads, *(None for _ in ctx.scalars))
-
-        @staticmethod
-        def vmap(info, in_dims, *args):
-            return _over_batch(Backward.apply, rule.pointwise, info.batch_size, in_dims, args)
 
     class Forward(Function):
         @staticmethod
@@ -176,33 +140,15 @@ def make(rule: Rule) -> Callable[..., Tensor]:
             ctx.backend = inputs[0]
             ctx.scalars = inputs[1 + n :]
             ctx.save_for_backward(*((output,) if rule.saves_output else inputs[1 : 1 + n]))
-            if not torch.compiler.is_compiling() and special():
-                ctx.save_for_forward(*inputs[1 : 1 + n])
 
         @staticmethod
         def backward(ctx, dy):
             saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n]
-            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or special()):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = Backward.apply(ctx.backend, needs, len(saved), dy, *saved, *ctx.scalars)
             else:
                 grads = rule.backward(ctx.backend, dy, saved, ctx.scalars, needs)
             return (None, *grads, *(None for _ in ctx.scalars))
-
-        @staticmethod
-        def vmap(info, in_dims, *args):
-            return _over_batch(Forward.apply, rule.pointwise, info.batch_size, in_dims, args)
-
-        @staticmethod
-        def jvp(ctx, _, *tangents):
-            # The product with the Jacobian is the derivative, by u, of the product of u with it.
-            with torch.enable_grad():
-                leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors[-n:]]
-                out = rule.reference(*(wide(t) for t in leaves), *ctx.scalars)
-                u = torch.zeros_like(out, requires_grad=True)
-                given = [(t, d) for t, d in zip(leaves, tangents, strict=False) if d is not None]
-                rows = torch.autograd.grad(out, [t for t, _ in given], u, create_graph=True)
-                (tangent,) = torch.autograd.grad(rows, u, [d for _, d in given])
-            return tangent.to(ctx.saved_tensors[-1].dtype)
 
     Forward.__name__ = Forward.__qualname__ = "".join(part.title() for part in rule.name.split("_"))
     Backward.__name__ = Backward.__qualname__ = Forward.__name__ + "Gradient"
@@ -211,8 +157,10 @@ def make(rule: Rule) -> Callable[..., Tensor]:
     plain_apply = super(Function, Forward).apply
 
     def call(backend: str, *args: Any) -> Tensor:
-        if special():
+        if torch.compiler.is_compiling():
             return Forward.apply(backend, *args)
+        if special():
+            return in_reference(rule, *args)
         if torch.is_grad_enabled():
             for tensor in args[:n]:
                 if tensor.requires_grad:

@@ -48,6 +48,8 @@ class _Chosen(threading.local):
 _chosen = _Chosen()
 # What torch.compile reads: it guards on a module's variable, not on a thread's.
 _traced: str | None = _environment
+_inside: list[list[str | None]] = []
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -61,12 +63,18 @@ def use_backend(name: str | None) -> Iterator[None]:
     global _traced
     if name is not None and unavailable(_check_name(name, "use_backend's argument")):
         raise RuntimeError(f"pydl: backend {name!r} is not available: {unavailable(name)}")
-    before, traced = _chosen.backend, _traced
-    _chosen.backend = _traced = name
+    before, mine = _chosen.backend, [name]
+    with _lock:
+        _inside.append(mine)
+        _chosen.backend = _traced = name
     try:
         yield
     finally:
-        _chosen.backend, _traced = before, traced
+        # Threads may leave in any order: the last that is still inside decides what is traced.
+        with _lock:
+            _inside[:] = [choice for choice in _inside if choice is not mine]
+            _chosen.backend = before
+            _traced = _inside[-1][0] if _inside else _environment
 
 
 def requested(argument: str | None) -> str | None:

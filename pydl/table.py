@@ -150,10 +150,10 @@ def judge(
 
     The error is measured against the definition in fp64 and may be twice that of native PyTorch in
     the same dtype, plus one unit of the last place of the largest value (sixteen in fp64, where the
-    reference is rounded itself). A gradient that sums many terms may be off by four units of each
-    term, taken as of order one and walking at random: a single sum may come out near zero, and
-    native PyTorch close to it by luck. Where the reference is not finite the result must be the
-    same.
+    reference is rounded itself). A gradient that sums many terms may be off by four units, because
+    that is what each term may be off by, and of the spread that such a sum of terms of order one
+    has where that is larger: a single sum may come out near zero, and native PyTorch close to it by
+    luck. Where the reference is not finite the result must be the same.
 
     Args:
         out: What is judged.
@@ -177,8 +177,8 @@ def judge(
     native_error = (native - want).abs()
     native_error = native_error[native_error.isfinite()]
     units = 16 if out.dtype == torch.float64 else 1
-    walk = terms**0.5 * (4 if terms > 1 else 1)
-    tiny = units * info.eps * max(want.abs().max().item(), walk)
+    units = max(units, 4 if terms > 1 else 1)
+    tiny = units * info.eps * max(want.abs().max().item(), terms**0.5)
     tiny += info.smallest_normal * info.eps
     allowed = 2 * (native_error.max().item() if native_error.numel() else 0.0) + tiny
     error = (got - want).abs().max().item()

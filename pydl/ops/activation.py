@@ -146,8 +146,15 @@ def _unary(
             return (None, *got, *(None for _ in ctx.scalars))
 
     def inplace(backend: str, x: Tensor, *scalars: float) -> Tensor:
-        special = autograd.special()
+        special = torch.compiler.is_compiling() or autograd.special()
         grad = torch.is_grad_enabled() and x.requires_grad
+        base = x._base if x._is_view() else x
+        if grad and not special and base is not None and base.is_leaf and base.requires_grad:
+            # Before anything is written.
+            raise RuntimeError(
+                f"pydl: {name}: inplace=True on a leaf that requires grad (or a view of one), "
+                "wants a tensor that an operation made"
+            )
         if special or not _dense(x):
             return x.copy_(call(backend, x.clone() if grad else x, *scalars))
         if not grad:
@@ -423,7 +430,7 @@ def mish(input: Tensor, inplace: bool = False, *, backend: str | None = None) ->
 def _lowered(input: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast both in its dtype, as torch does for prelu."""
     kind = input.device.type
-    if not torch.is_autocast_enabled(kind) or input.dtype not in FLOATS[:3]:
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or input.dtype not in FLOATS[:3]:
         return input, parameter
     dtype = torch.get_autocast_dtype(kind)
     return input.to(dtype), parameter.to(dtype)

@@ -70,7 +70,7 @@ def native(number: int, parameter: float) -> Any:
 def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast all in its dtype, as torch does for a linear layer."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t.dtype in FLOATS[:3] else t for t in tensors)
