@@ -157,14 +157,13 @@ def make(rule: Rule) -> Callable[..., Tensor]:
     plain_apply = super(Function, Forward).apply
 
     def call(backend: str, *args: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return Forward.apply(backend, *args)
-        if special():
+        traced = torch.compiler.is_compiling()
+        if not traced and special():
             return in_reference(rule, *args)
         if torch.is_grad_enabled():
             for tensor in args[:n]:
                 if tensor.requires_grad:
-                    return plain_apply(backend, *args)
+                    return (Forward.apply if traced else plain_apply)(backend, *args)
         return rule.forward(backend, *args)
 
     return call

@@ -148,13 +148,14 @@ def _unary(
     def inplace(backend: str, x: Tensor, *scalars: float) -> Tensor:
         special = torch.compiler.is_compiling() or autograd.special()
         grad = torch.is_grad_enabled() and x.requires_grad
-        base = x._base if x._is_view() else x
-        if grad and not special and base is not None and base.is_leaf and base.requires_grad:
-            # Before anything is written.
-            raise RuntimeError(
-                f"pydl: {name}: inplace=True on a leaf that requires grad (or a view of one), "
-                "wants a tensor that an operation made"
-            )
+        if grad and not special:
+            base = x._base if x._is_view() else x
+            if base is not None and base.is_leaf and base.requires_grad:
+                # Before anything is written.
+                raise RuntimeError(
+                    f"pydl: {name}: inplace=True on a leaf that requires grad (or a view of one), "
+                    "wants a tensor that an operation made"
+                )
         if special or not _dense(x):
             return x.copy_(call(backend, x.clone() if grad else x, *scalars))
         if not grad:
