@@ -91,14 +91,14 @@ def load_triton() -> None:
         RuntimeError: Triton is missing.
     """
     global _triton_error
-    if _triton_error is None and ("triton", "") not in _OPS:
+    if _triton_error is None and not any(backend == "triton" for backend, _ in _OPS):
         try:
             from pydl.kernels import register
         except ImportError as error:
             _triton_error = f"Triton does not import ({error}); remedy: pip install 'triton>=3.6'"
         else:
             register()
-            _OPS["triton", ""] = None
+            _enlist("triton")
     if _triton_error is not None:
         raise RuntimeError(f"pydl: backend 'triton' is not available: {_triton_error}")
 
@@ -123,6 +123,8 @@ def emulate_cuda(loaded: bool) -> None:
     """Says that backend `cuda` runs on CPU tensors: the tests' emulation registered it."""
     global _emulated
     _emulated = loaded
+    if loaded:
+        _enlist("cuda")
 
 
 _emulated = False
@@ -158,23 +160,20 @@ def takes(name: str, dtype: torch.dtype) -> bool:
 
 def kernel(backend: str, name: str) -> Any:
     """The operator `torch.ops.pydl_<backend>.<name>`."""
-    try:
-        return _OPS[backend, name]
-    except KeyError:
-        return _find(backend, name)
+    return _OPS[backend, name]
 
 
-@torch.compiler.assume_constant_result
-def _find(backend: str, name: str) -> Any:
-    if backend == "triton":
-        load_triton()
-    packet = getattr(getattr(torch.ops, f"pydl_{backend}"), name, None)
-    if packet is None:
-        raise RuntimeError(
-            f"pydl: backend {backend!r} has no {name}: {unavailable(backend) or 'not implemented'}"
-        )
-    _OPS[backend, name] = packet.default
-    return packet.default
+def _enlist(backend: str) -> None:
+    """Looks a backend's operators up once: torch.compile traces no lookup in torch.ops."""
+    for known, name, *_ in C.entries():
+        if known == "cpu":
+            packet = getattr(getattr(torch.ops, f"pydl_{backend}"), name)
+            _OPS[backend, name] = packet.default
+
+
+_enlist("cpu")
+if any(backend == "cuda" for backend, *_ in C.entries()):
+    _enlist("cuda")
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
