@@ -16,6 +16,7 @@ struct Compensated {
   void add(double x) {
     const double term = x - lost, next = sum + term;
     lost = (next - sum) - term;
+    if (lost != lost) lost = 0;  // an infinite sum stays infinite
     sum = next;
   }
 };
