@@ -82,6 +82,11 @@ def cases(
     return kept, len(drawn) - len(kept), most
 
 
+def affordable(backend: str, most: int) -> int:
+    """`most` elements, or what an interpreter computes in a moment."""
+    return min(most, 900) if kind(backend) == "triton, interpreted" else most
+
+
 def elements(case: Case) -> int:
     return sum(tensor.numel() for tensor in case.tensors())
 

@@ -23,7 +23,7 @@ def test_autocast(op: Op, dtype: torch.dtype, backend: str) -> None:
     device = harness.device(backend)
     complaints = []
     for case in op.cases(dtype, device):
-        if not harness.moderate(case, 6000):
+        if not harness.moderate(case, harness.affordable(backend, 6000)):
             continue
         got = _run(op.function, case, device, backend=backend)
         lowered = op.autocast == "lower" and len(case.tensors()) > 1 and dtype != torch.float64
