@@ -17,7 +17,7 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if mode == "heap-reuse":
-        modes.check_reuse()
+        modes.reuse()
     for item in modes.here(settings, mode):
         print(json.dumps(item), file=out, flush=True)
 

@@ -12,31 +12,31 @@ from torch import Tensor
 from pydl import autograd
 from pydl.autograd import Rule
 from pydl.backends import FLOATS, choose, empty_like, kernel
-from pydl.ops import activation as act_ops
-from pydl.ops.activation import bytes_of
+from pydl.ops import definitions
 from pydl.ops.channels import Channels, sums
 from pydl.ops.philox import draw_seed, dropout_factors
+from pydl.ops.samples import bytes_of
 from pydl.table import Case, Cost, Make, Op, register
 
 # name -> (number in csrc/math.h, default parameter, definition, native)
 ACTIVATIONS: dict[str, tuple[int, float, Any, Any]] = {
     "identity": (0, 0.0, lambda x, p: x, lambda x, p: x),
-    "sigmoid": (1, 0.0, lambda x, p: act_ops._sigmoid(x), lambda x, p: torch.sigmoid(x)),
+    "sigmoid": (1, 0.0, lambda x, p: definitions.sigmoid(x), lambda x, p: torch.sigmoid(x)),
     "tanh": (2, 0.0, lambda x, p: torch.tanh(x), lambda x, p: torch.tanh(x)),
-    "relu": (3, 0.0, lambda x, p: act_ops._relu(x), lambda x, p: F.relu(x)),
-    "leaky_relu": (4, 0.01, act_ops._leaky_relu, F.leaky_relu),
-    "elu": (5, 1.0, act_ops._elu, F.elu),
-    "selu": (6, 0.0, lambda x, p: act_ops._selu(x), lambda x, p: F.selu(x)),
-    "gelu": (7, 0.0, lambda x, p: act_ops._gelu(x), lambda x, p: F.gelu(x)),
+    "relu": (3, 0.0, lambda x, p: definitions.relu(x), lambda x, p: F.relu(x)),
+    "leaky_relu": (4, 0.01, definitions.leaky_relu, F.leaky_relu),
+    "elu": (5, 1.0, definitions.elu, F.elu),
+    "selu": (6, 0.0, lambda x, p: definitions.selu(x), lambda x, p: F.selu(x)),
+    "gelu": (7, 0.0, lambda x, p: definitions.gelu(x), lambda x, p: F.gelu(x)),
     "gelu_tanh": (
         8,
         0.0,
-        lambda x, p: act_ops._gelu_tanh(x),
+        lambda x, p: definitions.gelu_tanh(x),
         lambda x, p: F.gelu(x, approximate="tanh"),
     ),
-    "silu": (9, 0.0, lambda x, p: act_ops._swish(x), lambda x, p: F.silu(x)),
-    "swish": (10, 1.0, act_ops._swish, act_ops._swish),
-    "mish": (11, 0.0, lambda x, p: act_ops._mish(x), lambda x, p: F.mish(x)),
+    "silu": (9, 0.0, lambda x, p: definitions.swish(x), lambda x, p: F.silu(x)),
+    "swish": (10, 1.0, definitions.swish, definitions.swish),
+    "mish": (11, 0.0, lambda x, p: definitions.mish(x), lambda x, p: F.mish(x)),
 }
 _BY_NUMBER = {
     number: (definition, native) for number, _, definition, native in ACTIVATIONS.values()

@@ -9,8 +9,8 @@ from torch import Tensor
 from pydl import autograd
 from pydl.autograd import Rule
 from pydl.backends import choose, empty_like, kernel
-from pydl.ops.activation import bytes_of
 from pydl.ops.bias_act import ACTIVATIONS, definition, named, native
+from pydl.ops.samples import bytes_of
 from pydl.table import Case, Cost, Make, Op, register
 
 

@@ -1,0 +1,32 @@
+"""What rows share: inputs that a pointwise op must survive, sizes to measure, bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from pydl.table import LAYOUTS, Make
+
+BENCH_SHAPES = ((4096, 4096), (4096, 1024), (64, 1024), (1024,))
+
+_SHAPES = ((), (1,), (0,), (3, 0, 2), (7,), (64,), (1031,), (33, 65), (2, 3, 5, 7))
+_EXTREMES = (0.0, -0.0, 1e-7, -1e-7, 9.0, -9.0, 21.0, -21.0, 89.0, -89.0, 104.0, -104.0, 6e4, -6e4)
+_SPECIAL = (*_EXTREMES, 1e30, -1e30, math.inf, -math.inf, math.nan)
+
+
+def inputs(make: Make) -> Iterator[tuple[str, Tensor]]:
+    """Labelled inputs: every shape, every layout, hard values."""
+    for shape in _SHAPES:
+        yield "x".join(map(str, shape)) or "scalar", make(*shape)
+    for layout in LAYOUTS[1:]:
+        yield f"{layout} 2x6x5x9", make(2, 6, 5, 9, layout=layout)
+        yield f"{layout} 37x131", make(37, 131, layout=layout)
+    yield "hard values", make.of(_SPECIAL)
+    yield "many", make(3, 20011)
+
+
+def bytes_of(*tensors: Tensor) -> int:
+    """Bytes that reading or writing these once moves."""
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,172 @@
+"""The benchmark: what it refuses, what a run leaves behind, and its arithmetic; no speed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench.__main__ as command
+from bench import calibrate, measure, modes, options, parity, report, rows
+from bench.options import Settings
+from pydl import calibration
+from pydl.table import TABLE, Op
+from tests import harness
+
+TINY = Settings(
+    ops=("relu", "gated_act"), backends=("auto", "cpu"), peers=("torch",), dtypes=("float32",),
+    shapes=((16, 64),), quick=True,
+)  # fmt: skip
+
+
+def _settings(*arguments: str) -> Settings:
+    return options.settings(options.parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ops", "gelo"], "--ops: 'gelo' is no op, wants some of sigmoid"),
+        (["--ops", ","], "--ops: wants some of"),
+        (["--dtype", "int8"], "--dtype: 'int8' is no dtype"),
+        (["--shapes", "4x-1"], "--shapes: '4x-1', wants sizes of 1 and more"),
+        (["--shapes", "4xx"], "--shapes: '4xx', wants sizes"),
+        (["--peers", "jax"], "--peers: 'jax' is no peer"),
+        (["--passes", "sideways"], "--passes: 'sideways' is no pass"),
+        (["--modes", "fast"], "--modes: 'fast' is no mode"),
+        (["--backends", "vulkan"], "--backends: 'vulkan' is no backend"),
+    ],
+)
+def test_a_bad_option(arguments: list[str], message: str) -> None:
+    with pytest.raises(options.UsageError) as error:
+        _settings(*arguments)
+    assert message in str(error.value)
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--device", "cuda"])
+    assert stop.value.code == 2 and "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_settings_survive_json() -> None:
+    assert Settings.from_json(TINY.to_json()) == TINY
+    assert Settings.from_json(replace(TINY, shapes=None).to_json()).shapes is None
+
+
+def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table, JSON with every number's origin, and charts."""
+    status = command.main([
+        "--ops", "relu,prelu", "--shapes", "32x64", "--dtype", "float32,bfloat16", "--quick",
+        "--modes", "as-it-comes,heap-reuse", "--out", str(tmp_path),
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    assert status == 0 and "relu" in out and "32x64" in out
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert len(found["rows"]) == 2 * 2 * 2 * 2
+    assert set(found["ceilings"]) == {"as-it-comes", "heap-reuse"}
+    assert found["ceilings"]["as-it-comes"]["copy_gb_per_s"] > 0
+    for row in found["rows"]:
+        assert row["parity"]["cpu"]["ok"] and row["mode"] in found["ceilings"]
+        result = row["results"]["cpu"]
+        assert result["ms"] == row["times"]["cpu"]["median"] > 0
+        assert result["speedup"]["torch"] == row["times"]["torch"]["median"] / result["ms"]
+    charts = [path.read_bytes() for path in tmp_path.glob("*.png")]
+    assert charts and all(chart.startswith(b"\x89PNG") for chart in charts)
+
+
+def test_nothing_wrong_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that fails the judge has a red row and no time; the run's status says so."""
+    row = TABLE["relu"]
+
+    def wrong(input: torch.Tensor, inplace: bool = False, *, backend: str | None = None):
+        return row.function(input, backend=backend) * 1.01
+
+    monkeypatch.setitem(TABLE, "relu", Op(**{**vars(row), "function": wrong}))
+    found = list(rows.measured(replace(TINY, ops=("relu",)), "as-it-comes"))
+    assert len(found) == 2
+    for line in found:
+        assert report.red(line) and "error" in line["parity"]["cpu"]["message"]
+        assert not line["results"] and set(line["times"]) == {"torch"}
+
+
+def test_a_shape_that_an_op_cannot_take() -> None:
+    """Is told as skipped when the user asked for it."""
+
+    def refuses(make: object, shape: tuple[int, ...]) -> None:
+        raise ValueError("wants an even number")
+
+    op = Op(**{**vars(TABLE["relu"]), "bench": refuses})
+    with pytest.raises(rows.UnfitShape, match="relu takes no shape 3: wants an even number"):
+        rows.draw(op, (3,), torch.float32, "cpu")
+
+
+def test_peers_are_checked_before_they_are_timed() -> None:
+    """A peer that computes something else is told as absent, with the difference."""
+    case = rows.draw(TABLE["silu"], (8, 8), torch.float32, "cpu")
+    gate = parity.Gate(TABLE["silu"], case)
+    assert gate.differs(lambda c: lambda: TABLE["silu"].native(*c.args)) is None
+    reason = gate.differs(lambda c: lambda: TABLE["relu"].native(*c.args))
+    assert reason is not None and "differs from the definition by" in reason
+
+
+def test_the_order_changes() -> None:
+    """Nobody always follows the same one, and each comes first as often."""
+    names = ["a", "b", "c"]
+    turns = [measure.order(names, turn) for turn in range(6)]
+    assert all(sorted(turn) == names for turn in turns) and len({*map(tuple, turns)}) == 6
+
+
+def test_medians() -> None:
+    """Of a call that takes a known time."""
+    import time
+
+    times = measure.interleaved({"slow": lambda: time.sleep(2e-3)}, "cpu", measure.QUICK)
+    assert 2.0 <= times["slow"].median < 20.0 and times["slow"].rounds >= measure.QUICK.rounds
+    assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_heap_reuse_is_checked() -> None:
+    """The mode holds in its process, and is refused where the C library did not take it."""
+    code = "from bench import modes; modes.reuse()"
+    assert harness.python(code, **modes.HEAP_REUSE).returncode == 0
+    done = harness.python(code, MALLOC_MMAP_MAX_="1000000")
+    assert done.returncode != 0 and "remedy: --modes as-it-comes" in done.stderr
+
+
+def test_smallest_gain() -> None:
+    assert calibrate.smallest({1024: 0.9, 4096: 1.2, 16384: 2.0}) == 4096
+    assert calibrate.smallest({1024: 1.5, 4096: 1.0, 16384: 2.0}) == 16384
+    assert calibrate.smallest({1024: 1.5, 4096: 0.9}) == -1
+
+
+def test_calibration_writes_what_it_measured(tmp_path: Path) -> None:
+    """Only the ops asked for are replaced, and other devices' parts stay."""
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({"sizes": {"cuda": {"relu": {"float32": ["cuda", 1, 2]}}}}))
+    settings = replace(TINY, ops=("relu",), backends=("cpu",))
+    assert calibrate.run(settings, path, sizes=(1024, 4096)) == 0
+    found = json.loads(path.read_text())
+    assert found["sizes"]["cuda"] == {"relu": {"float32": ["cuda", 1, 2]}}
+    assert set(found["sizes"]["cpu"]) == {"relu"} and "cpu" in found["measured"]
+    for backend, forward, both in found["sizes"]["cpu"]["relu"].values():
+        assert backend == "cpu" and {forward, both} <= {-1, 1024, 4096}
+    calibration.reload()
+
+
+def test_pytest_benchmark() -> None:
+    """`pytest bench --benchmark-only` measures the same rows."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-p",
+         "no:cacheprovider", "--ops", "relu", "--shapes", "8x64", "--backends", "cpu"],
+        cwd=harness.ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "relu 8x64 float32 backward" in done.stdout and "4 passed" in done.stdout
