@@ -30,7 +30,7 @@ PYDL_DEVICE void sum_pack(const F& f, const Pointers<kOut, kIn>& p, int64_t at,
     for (int k = 0; k < kOut; ++k) y[k].values[j] = from_float<T>(made[k]);
   }
 #pragma unroll
-  for (int k = 0; k < kOut; ++k) *reinterpret_cast<Packed*>(static_cast<T*>(p.out[k]) + at) = y[k];
+  for (int k = 0; k < kOut; ++k) store(static_cast<T*>(p.out[k]) + at, y[k]);
 }
 
 // Channels innermost. Grid: (blocks of 32 packs of channels, pieces); a thread keeps the sums of

@@ -22,6 +22,22 @@ struct alignas(sizeof(T) * kCount) Pack {
   T values[kCount];
 };
 
+// One store of a pack. The compiler takes a pack apart and does not always put it together again,
+// so that 16 bytes are stored by the instruction itself.
+template <class Packed>
+PYDL_DEVICE void store(void* to, const Packed& y) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Packed) == 16) {
+    uint4 words;
+    memcpy(&words, &y, 16);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w));
+    return;
+  }
+#endif
+  *static_cast<Packed*>(to) = y;
+}
+
 template <int kOut, int kIn>
 struct Pointers {
   void* out[kOut];
@@ -83,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kOut + kIn <= 2 ? 4 : 3)
         for (int k = 0; k < kOut; ++k) y[k].values[j] = made[k];
       }
 #pragma unroll
-      for (int k = 0; k < kOut; ++k) reinterpret_cast<Packed*>(out[k] + at)[0] = y[k];
+      for (int k = 0; k < kOut; ++k) store(out[k] + at, y[k]);
     }
     return;
   }
@@ -141,7 +157,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int k = 0; k < kOut; ++k) {
-    *reinterpret_cast<Packed*>(static_cast<T*>(loop.data[k]) + offsets[k]) = y[k];
+    store(static_cast<T*>(loop.data[k]) + offsets[k], y[k]);
   }
 }
 

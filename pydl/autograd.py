@@ -54,6 +54,10 @@ def wide(tensor: Tensor) -> Tensor:
 def in_reference(rule: Rule, *args: Any) -> Tensor:
     """The plain definition, computed in fp32 at least and rounded once."""
     tensors = args[: rule.tensors]
+    if rule.pointwise and tensors[0].dim() == 0:
+        # The tangent of a tensor without dimensions takes the dtype of a Python number it meets.
+        lines = (t.reshape(1) for t in tensors)
+        return in_reference(rule, *lines, *args[rule.tensors :]).reshape(())
     out = rule.reference(*(wide(t) for t in tensors), *args[rule.tensors :])
     return out.to(tensors[0].dtype)
 

@@ -15,9 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "csrc").glob("*.cu"))
 ARCHS = ("80", "90a", "100")
-# Kernels of the 16-byte way (sum_columns_kernel loads 16 bytes, but its stores are split); the
-# others serve what is strided, misaligned or rare.
-_WIDE = re.compile(r"map_flat_kernel|map_strided_kernel.*Li[48]EE|sum_rows_kernel.*Li[48]EE")
+# Kernels of the 16-byte way; the others serve what is strided, misaligned or rare.
+_WIDE = re.compile(r"map_flat_kernel|(map_strided|sum_(rows|columns))_kernel.*Li[48]EE")
 
 
 def _nvcc() -> str:
