@@ -13,6 +13,7 @@
 #define PYDL_DEVICE __device__ __forceinline__
 #define PYDL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                          \
   do {                                                                                       \
+    ::pydl::allow_shared(reinterpret_cast<const void*>(kernel), (shared_bytes));             \
     kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>((stream).handle)>>>( \
         __VA_ARGS__);                                                                        \
     ::pydl::check_launch(#kernel);                                                           \
@@ -26,6 +27,15 @@ namespace pydl {
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) fail("%s: launch failed: %s", kernel, cudaGetErrorString(error));
+}
+// More than 48 KiB of dynamic shared memory a kernel must be allowed.
+inline void allow_shared(const void* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) {
+    fail("a kernel wants %zu bytes of shared memory: %s", bytes, cudaGetErrorString(error));
+  }
 }
 inline int multiprocessors() {
   int device = 0, count = 0;

@@ -35,9 +35,10 @@ static Entry*& first_entry() {
   return first;
 }
 
-void enlist(Entry* entry) {
+bool enlist(Entry* entry) {
   entry->next = first_entry();
   first_entry() = entry;
+  return true;
 }
 
 void fail(const char* format, ...) {

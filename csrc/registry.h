@@ -45,7 +45,7 @@ struct Entry {
 
 // Defined in module.cpp, compiled for the baseline: a static initialiser of a file that is compiled
 // for AVX-512 must do nothing but call it, because it also runs where AVX-512 is missing.
-void enlist(Entry* entry);
+bool enlist(Entry* entry);
 
 // Raises a RuntimeError in Python.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -125,12 +125,15 @@ struct Erased<Fn, void (*)(Stream, A...)> {
 }  // namespace pydl
 
 // The function comes last and may hold commas: EXPORT(cpu, relu_fwd, "y, x", unary_fwd<Relu,
-// double>).
-#define EXPORT(backend, name, names, ...)                                                       \
-  namespace {                                                                                   \
-  struct PYDL_CONCAT(Export_, name) {                                                           \
-    using Call = ::pydl::Erased<&__VA_ARGS__>;                                                  \
-    ::pydl::Entry entry{#backend, #name, names, Call::kinds, &Call::call, PYDL_LEVEL, nullptr}; \
-    PYDL_CONCAT(Export_, name)() { ::pydl::enlist(&entry); }                                    \
-  } PYDL_CONCAT(export_, name);                                                                 \
+// double>). The entry is a constant of the file, so that nothing but the call runs at load.
+#define EXPORT(backend, name, names, ...)                                                \
+  namespace {                                                                            \
+  constinit ::pydl::Entry PYDL_CONCAT(entry_, name){#backend,                            \
+                                                    #name,                               \
+                                                    names,                               \
+                                                    ::pydl::Erased<&__VA_ARGS__>::kinds, \
+                                                    &::pydl::Erased<&__VA_ARGS__>::call, \
+                                                    PYDL_LEVEL,                          \
+                                                    nullptr};                            \
+  const bool PYDL_CONCAT(enlisted_, name) = ::pydl::enlist(&PYDL_CONCAT(entry_, name));  \
   }

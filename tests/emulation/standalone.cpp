@@ -10,9 +10,10 @@ namespace {
 const Entry* entries = nullptr;
 }
 
-void enlist(Entry* entry) {
+bool enlist(Entry* entry) {
   entry->next = entries;
   entries = entry;
+  return true;
 }
 
 void fail(const char* format, ...) {
