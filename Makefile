@@ -28,7 +28,7 @@ demo: build
 	$(PY) -m examples.digits_mlp
 
 test: build
-	$(PY) -m pytest -n 2 --dist loadscope tests
+	$(PY) -m pytest -n 2 --dist loadscope --max-worker-restart 0 tests
 
 bench: build
 	$(PY) -m bench --out $(OUT)

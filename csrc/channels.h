@@ -80,6 +80,7 @@ template <class F, int kOut, int kIn>
 inline void map_and_sum(const char* op, const F& f, const Out (&outs)[kOut], const View (&ins)[kIn],
                         const View& parameter, const Out& total, const Out& partials) {
   const Pieces pieces = Pieces::of(op, outs[0], parameter, total, partials);
+  if (pieces.channels == 0) return;
   double* sums = static_cast<double*>(partials.data);
   dispatch_float(op, outs[0].dtype, [&](auto zero) {
     using T = decltype(zero);

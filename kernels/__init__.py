@@ -9,17 +9,38 @@ from typing import Any
 
 import torch
 from pydl.kernels import activation, bias_act, gated_act
+from torch import Tensor
 
 from pydl._native import C
 
 _library: torch.library.Library | None = None
 
 
-def _on_device(function: Callable[..., None]) -> Callable[..., None]:
-    """Triton launches on the current device; the tensors' device is the one that is meant."""
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of memory, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _offered(name: str, function: Callable[..., None], outputs: int, gpu: bool) -> Callable:
+    """The function behind an operator: dense outputs, on the tensors' device, which is not always
+    the current one that Triton launches on."""
 
     def run(*args: Any) -> None:
-        with torch.cuda.device(args[0].device):
+        for out in args[:outputs]:
+            if not (out.is_contiguous() or _dense(out)):
+                raise RuntimeError(
+                    f"pydl: {name}: an output has strides {out.stride()} for shape "
+                    f"{tuple(out.shape)}, wants dense memory"
+                )
+        if gpu:
+            with torch.cuda.device(args[0].device):
+                function(*args)
+        else:
             function(*args)
 
     return run
@@ -42,9 +63,6 @@ def register() -> None:
                 s for backend, known, s, _ in C.entries() if (backend, known) == ("cpu", name)
             )
             _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            _library.impl(
-                name,
-                function if interpreted else _on_device(function),
-                "CPU" if interpreted else "CUDA",
-            )
+            offered = _offered(name, function, schema.count("!"), not interpreted)
+            _library.impl(name, offered, "CPU" if interpreted else "CUDA")
             _library.impl(name, lambda *args: None, "Meta")

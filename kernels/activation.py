@@ -50,7 +50,7 @@ def learnt_backward(dy, x, p, SWISH: tl.constexpr):
     """(dx, the element's part of the parameter's gradient)"""
     if SWISH:
         value, slope = logistic(p * x)
-        return dy * (value + p * x * slope), dy * x * x * slope
+        return dy * (value + p * x * slope), dy * (x * (x * slope))
     else:
         return tl.where(x > 0, dy, p * dy), tl.where(x > 0, 0.0, dy * x)
 

@@ -93,10 +93,12 @@ def load_triton() -> None:
     global _triton_error
     if _triton_error is None and not any(backend == "triton" for backend, _ in _OPS):
         try:
-            from pydl.kernels import register
+            import triton  # noqa: F401
         except ImportError as error:
             _triton_error = f"Triton does not import ({error}); remedy: pip install 'triton>=3.6'"
         else:
+            from pydl.kernels import register
+
             register()
             _enlist("triton")
     if _triton_error is not None:

@@ -79,7 +79,7 @@ def test_far_apart(op: Op, backend: str) -> None:
 
 
 def test_far_apart_outputs(op: Op, backend: str) -> None:
-    """Elementwise kernels write rows that lie more than 2^31 elements apart."""
+    """Elementwise kernels write rows that lie more than 2^31 elements apart; Triton's say no."""
     device = harness.device(backend)
     if device == "cpu" and _free() < 6 << 30:
         pytest.skip("6 GiB of address space are needed")
@@ -93,7 +93,11 @@ def test_far_apart_outputs(op: Op, backend: str) -> None:
         if any(args[i].shape != (2, 37) for i in written):
             continue  # sums over channels want dense memory
         far = [_far(torch.zeros_like(args[i])) if i in written else a for i, a in enumerate(args)]
-        kernel(*far)
         checked += 1
+        if backend == "triton":
+            with pytest.raises(RuntimeError, match=r"an output has strides .*, wants dense memory"):
+                kernel(*far)
+            continue
+        kernel(*far)
         assert all(torch.equal(far[i], args[i]) for i in written), kernel
     assert checked

@@ -1,5 +1,5 @@
-"""The CUDA kernels run under the address and undefined-behaviour sanitizers, emulated: no access past
-an end, none that is misaligned, no overflow."""
+"""The CUDA kernels run under the address and undefined-behaviour sanitizers, emulated: no access
+past an end, none that is misaligned, no overflow."""
 
 from __future__ import annotations
 
