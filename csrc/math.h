@@ -257,7 +257,7 @@ struct Swish {
   // The derivative by beta.
   template <class V>
   static PYDL_HD V by_beta(V x, V beta) {
-    return x * x * logistic_and_slope(beta * x).slope;
+    return x * (x * logistic_and_slope(beta * x).slope);  // x * x may be infinite
   }
 };
 

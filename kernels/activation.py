@@ -149,13 +149,16 @@ def _unary(act: int) -> tuple[Callable[..., None], Callable[..., None]]:
     return forward, backward
 
 
-def channel_of(y: Tensor, parameter: Tensor) -> tuple[int, int]:
-    """(channels, inner) of a parameter that is expanded to the shape of y: element i of y's memory
-    has channel i // inner % channels."""
+def channel_of(y: Tensor, parameter: Tensor) -> tuple[int, int, Tensor]:
+    """(channels, inner, the values in one run) of a parameter that is expanded to the shape of y:
+    element i of y's memory has channel i // inner % channels."""
     for d in range(y.dim()):
         if parameter.stride(d) != 0 and y.shape[d] > 1:
-            return y.shape[d], y.stride(d)
-    return 1, 1
+            values = parameter
+            if parameter.stride(d) != 1:
+                values = parameter.as_strided((y.shape[d],), (parameter.stride(d),)).contiguous()
+            return y.shape[d], y.stride(d), values
+    return 1, 1, parameter
 
 
 def _learnt(swish: bool) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -163,7 +166,7 @@ def _learnt(swish: bool) -> tuple[Callable[..., None], Callable[..., None]]:
         if y.numel() == 0:
             return
         (x,) = like(y, x)
-        channels, inner = channel_of(y, parameter)
+        channels, inner, parameter = channel_of(y, parameter)
         block, warps = block_of(y.numel())
         learnt_fwd_kernel[(triton.cdiv(y.numel(), block),)](
             y, x, parameter, y.numel(), channels, inner, SWISH=swish, BLOCK=block, num_warps=warps

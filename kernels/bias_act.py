@@ -97,7 +97,7 @@ def _fwd(
     if y.numel() == 0:
         return
     (x,) = like(y, x)
-    channels, inner = channel_of(y, bias)
+    channels, inner, bias = channel_of(y, bias)
     block, warps = block_of(y.numel())
     fwd_kernel[(triton.cdiv(y.numel(), block),)](
         y, x, bias, seed if seed is not None else y, y.numel(), channels, inner, float(p),

@@ -48,6 +48,7 @@ def _learnt_samples(scalars: tuple[Any, ...] = ()) -> Callable[[Make], Iterable[
             yield Case(f"{label}, one", (x, make(1, scale=0.5)))
             if x.dim() >= 2 and x.shape[1] > 0:
                 yield Case(f"{label}, per channel", (x, make(x.shape[1], scale=0.5)))
+        yield Case("strided, per channel", (make(7, 9), make(9, scale=0.5, layout="sliced")))
         yield Case("images, per channel", (make(3, 5, 67, 71), make(5, scale=0.5)))
         yield Case("columns, per channel", (make(700, 1037), make(1037, scale=0.5)))
 

@@ -220,6 +220,7 @@ def _samples(make: Make) -> Iterator[Case]:
         yield Case(f"{layout}, channels", (make(2, 6, 5, 9, layout=layout), make(6)), {"dim": 1})
         yield Case(f"{layout}, rows", (make(37, 131, layout=layout), make(131), "silu"))
     yield Case("empty", (make(0, 8), make(8)))
+    yield Case("strided bias", (make(5, 33), make(33, layout="sliced")))
     yield Case("no channels", (make(5, 0), make(0)))
     yield Case("one", (make(1), make(1), "mish"))
     yield Case("rows", (make(700, 1037), make(1037), "relu"))
