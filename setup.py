@@ -140,7 +140,8 @@ class Build(build_ext):
             "-std=c++20 -fPIC -Wall -Wextra -Wno-psabi -Wno-unused-parameter "
             f"-D_GLIBCXX_USE_CXX11_ABI={abi}"
         )
-        host = f"-O2 {common} -DTORCH_EXTENSION_NAME=_C " + " ".join(includes)
+        # at::parallel_for, a template, is serial without OpenMP.
+        host = f"-O2 {common} -fopenmp -DTORCH_EXTENSION_NAME=_C " + " ".join(includes)
         kernel = f"-O2 {common} -ffp-contract=fast -fno-math-errno -fno-trapping-math"
         if nvcc:
             toolkit = Path(nvcc).resolve().parent.parent
@@ -171,6 +172,11 @@ class Build(build_ext):
                     f"build {objects[-1]}: nvcc {source}\n  flags = {' '.join(arch_flags(torch))}"
                 )
         link += [f"-L{folder}" for folder in folders] + [f"-l{library}" for library in libraries]
+        # torch's own copy where it has one: two of them would not share their threads.
+        own = sorted(
+            p for folder in cpp_extension.library_paths() for p in Path(folder).glob("libgomp*")
+        )
+        link.append(str(own[0]) if own else "-lgomp")
         link += [f"-Wl,-rpath,{folder}" for folder in cpp_extension.library_paths()[:1]]
         rules = [
             "ninja_required_version = 1.5",

@@ -18,8 +18,11 @@
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "parallel.h"
@@ -50,6 +53,9 @@ void fail(const char* format, ...) {
   throw std::runtime_error(std::string("pydl: ") + text);
 }
 
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP) && !defined(PYDL_EMULATION)
+#error "compile module.cpp with -fopenmp: without it at::parallel_for runs on one thread"
+#endif
 void parallel_run(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
@@ -337,6 +343,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("cpu_level", [] { return std::string(level_name(chosen_level())); });
   m.def("machine_level", [] { return std::string(level_name(machine_level())); });
+  m.def(
+      "parallel_threads",
+      [](int64_t pieces) {
+        std::mutex mutex;
+        std::set<std::thread::id> seen;
+        pydl::parallel_for(pieces, 1, [&](int64_t, int64_t) {
+          const std::lock_guard<std::mutex> lock(mutex);
+          seen.insert(std::this_thread::get_id());
+        });
+        return seen.size();
+      },
+      "How many threads share a loop of so many pieces.");
   m.def("set_stream_bytes", [](int64_t bytes) {
     std::swap(stream_bytes, bytes);
     return bytes;

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 import pydl
 from pydl import backends, functional
+from pydl._native import C
 from pydl.table import Op
 from tests import harness, watch
 
@@ -57,6 +59,17 @@ def test_shared_parameters(backend: str) -> None:
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(work, range(8)))
     torch.testing.assert_close(weight.grad, 8 * one)
+
+
+def test_kernels_share_torchs_threads() -> None:
+    """As many threads as torch is set to, of torch's own pool."""
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert C.parallel_threads(64) == threads
+        assert C.parallel_threads(1) == 1
+    libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()
+                 if "libgomp" in line}  # fmt: skip
+    assert len(libraries) == 1, libraries
 
 
 def test_inplace_threads() -> None:
