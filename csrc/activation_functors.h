@@ -56,6 +56,7 @@ template <class F>
 struct BiasForward {
   F f;
   Dropout dropout;
+  PYDL_HD bool by_position() const { return dropout.threshold > 0; }
   template <class V>
   PYDL_HD void operator()(const V (&in)[2], V (&y)[1], int64_t index) const {
     y[0] = f.forward(in[0] + in[1]);
@@ -68,6 +69,7 @@ template <class F>
 struct BiasBackward {
   F f;
   Dropout dropout;
+  PYDL_HD bool by_position() const { return dropout.threshold > 0; }
   template <class V>
   PYDL_HD void operator()(const V (&in)[2], V bias, V (&dx)[1], V& sum, int64_t index) const {
     V dy = in[0];

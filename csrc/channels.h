@@ -21,56 +21,86 @@ struct Compensated {
   }
 };
 
-// F is called as f(x, p, y, sum, index): registers of the kIn inputs and of the channel's parameter
-// in, of the kOut outputs and of the value to sum out.
+// One register of every operand, or its first `count` lanes: F is called as f(x, p, y, sum, index),
+// registers of the kIn inputs and of the channel's parameter in, of the kOut outputs and of the
+// value to sum out.
+template <class T, class F, int kOut, int kIn, class V>
+PYDL_HD V sum_register(const F& f, T* const (&out)[kOut], const T* const (&in)[kIn], V p,
+                       int64_t at, int64_t count) {
+  V x[kIn], y[kOut], sum;
+  for (int k = 0; k < kIn; ++k) x[k] = load_some(in[k] + at, count);
+  f(x, p, y, sum, at);
+  for (int k = 0; k < kOut; ++k) store_some(out[k] + at, y[k], count);
+  return sum;
+}
+
+// The float sums of up to kTile registers' lanes stay in registers and L1 before they go to fp64.
+constexpr int64_t kBlock = 1024, kTile = 64;
+
+// Rows of all channels.
 template <class T, class F, int kOut, int kIn>
-__attribute__((noinline)) void sum_piece(const F& f, T* const (&out)[kOut],
-                                         const T* const (&in)[kIn], const T* parameter,
-                                         const Pieces& pieces, int64_t piece, double* partial) {
+__attribute__((noinline)) void sum_columns(const F& f, T* const (&out)[kOut],
+                                           const T* const (&in)[kIn], const T* parameter,
+                                           int64_t channels, Range rows, double* partial) {
   using V = typename Lanes<T>::type;
   constexpr int kWidth = Lanes<T>::count;
-  const Range rows = pieces.outer(piece), columns = pieces.inner(piece);
-  // Rows of one layout or the other: (outer) rows of all channels, or runs of one channel.
-  const bool columns_first = pieces.inner_size == 1;
-  const int64_t width = columns_first ? pieces.channels : columns.end - columns.begin;
-  // The float sums of a tile stay in registers and L1 and go to the fp64 partial tile by tile.
-  constexpr int64_t kBlock = 1024, kTile = 64;
   V sums[kBlock / kWidth];
-  const int64_t channels = columns_first ? 1 : pieces.channels;
-  for (int64_t c = 0; c < pieces.channels; ++c) partial[c] = 0;
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    const V shared = splat<V>(to_float(parameter[channel]));
-    Compensated total;
-    for (int64_t c0 = 0; c0 < width; c0 += kBlock) {
-      const int64_t block = width - c0 < kBlock ? width - c0 : kBlock;
-      const int64_t registers = (block + kWidth - 1) / kWidth;
-      for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kTile) {
-        const int64_t r1 = rows.end - r0 < kTile ? rows.end : r0 + kTile;
-        for (int64_t v = 0; v < registers; ++v) sums[v] = splat<V>(0);
-        for (int64_t r = r0; r < r1; ++r) {
-          const int64_t start =
-              columns_first
-                  ? r * pieces.channels + c0
-                  : (r * pieces.channels + channel) * pieces.inner_size + columns.begin + c0;
-          for (int64_t v = 0; v < registers; ++v) {
-            const int64_t at = start + v * kWidth;
-            const int64_t count = block - v * kWidth < kWidth ? block - v * kWidth : kWidth;
-            V x[kIn], y[kOut], sum;
-            for (int k = 0; k < kIn; ++k) x[k] = load_some(in[k] + at, count);
-            const V p = columns_first ? load_some(parameter + c0 + v * kWidth, count) : shared;
-            f(x, p, y, sum, at);
-            for (int k = 0; k < kOut; ++k) store_some(out[k] + at, y[k], count);
-            sums[v] += sum;
-          }
-        }
-        if (columns_first) {
-          for (int64_t c = 0; c < block; ++c) partial[c0 + c] += lane(sums[c / kWidth], c % kWidth);
-        } else {
-          for (int64_t c = 0; c < block; ++c) total.add(lane(sums[c / kWidth], c % kWidth));
+  for (int64_t c = 0; c < channels; ++c) partial[c] = 0;
+  for (int64_t c0 = 0; c0 < channels; c0 += kBlock) {
+    const int64_t block = channels - c0 < kBlock ? channels - c0 : kBlock;
+    for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kTile) {
+      const int64_t r1 = rows.end - r0 < kTile ? rows.end : r0 + kTile;
+      for (V& sum : sums) sum = splat<V>(0);
+      for (int64_t r = r0; r < r1; ++r) {
+        for (int64_t c = 0; c < block; c += kWidth) {
+          const V p = load_some(parameter + c0 + c, block - c);
+          sums[c / kWidth] += sum_register<T>(f, out, in, p, r * channels + c0 + c, block - c);
         }
       }
+      for (int64_t c = 0; c < block; ++c) partial[c0 + c] += lane(sums[c / kWidth], c % kWidth);
     }
-    if (!columns_first) partial[channel] = total.sum;
+  }
+}
+
+// Runs of one channel.
+template <class T, class F, int kOut, int kIn>
+__attribute__((noinline)) void sum_rows(const F& f, T* const (&out)[kOut],
+                                        const T* const (&in)[kIn], const T* parameter,
+                                        const Pieces& pieces, Range rows, Range columns,
+                                        double* partial) {
+  using V = typename Lanes<T>::type;
+  constexpr int kWidth = Lanes<T>::count, kRegisters = kBlock / kWidth;
+  V sums[kRegisters];
+  for (int64_t channel = 0; channel < pieces.channels; ++channel) {
+    const V p = splat<V>(to_float(parameter[channel]));
+    Compensated total;
+    int64_t blocks = 0;
+    for (V& sum : sums) sum = splat<V>(0);
+    const auto flush = [&] {
+      for (int half = kRegisters / 2; half > 0 && kWidth > 1; half /= 2) {
+        for (int v = 0; v < half; ++v) sums[v] += sums[v + half];
+      }
+      for (int v = 0; v < (kWidth > 1 ? 1 : kRegisters); ++v) total.add(add_lanes(sums[v]));
+      for (V& sum : sums) sum = splat<V>(0);
+      blocks = 0;
+    };
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const int64_t start = (r * pieces.channels + channel) * pieces.inner_size;
+      for (int64_t c0 = columns.begin; c0 < columns.end; c0 += kBlock) {
+        const int64_t block = columns.end - c0 < kBlock ? columns.end - c0 : kBlock;
+        int64_t c = 0;
+        for (; c + kWidth <= block; c += kWidth) {
+          sums[c / kWidth] += sum_register<T>(f, out, in, p, start + c0 + c, kWidth);
+        }
+        if (c < block) {
+          const V sum = sum_register<T>(f, out, in, p, start + c0 + c, block - c);
+          for (int64_t i = 0; i < block - c; ++i) total.add(lane(sum, i));
+        }
+        if (++blocks == kTile) flush();
+      }
+    }
+    flush();
+    partial[channel] = total.sum;
   }
 }
 
@@ -90,8 +120,15 @@ inline void map_and_sum(const char* op, const F& f, const Out (&outs)[kOut], con
     for (int k = 0; k < kIn; ++k) in[k] = static_cast<const T*>(ins[k].data);
     parallel_for(pieces.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
-        sum_piece<T, F, kOut, kIn>(f, out, in, static_cast<const T*>(parameter.data), pieces, piece,
-                                   sums + piece * pieces.channels);
+        const T* parameters = static_cast<const T*>(parameter.data);
+        double* partial = sums + piece * pieces.channels;
+        const Range rows = pieces.outer(piece);
+        if (pieces.inner_size == 1) {
+          sum_columns<T, F, kOut, kIn>(f, out, in, parameters, pieces.channels, rows, partial);
+        } else {
+          sum_rows<T, F, kOut, kIn>(f, out, in, parameters, pieces, rows, pieces.inner(piece),
+                                    partial);
+        }
       }
     });
     for (int64_t c = 0; c < pieces.channels; ++c) {

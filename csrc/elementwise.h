@@ -3,6 +3,8 @@
 // position of the first lane in the output's memory.
 #pragma once
 
+#include <type_traits>
+
 #include "loop.h"
 #include "math.h"
 #include "parallel.h"
@@ -12,6 +14,51 @@ inline namespace PYDL_ISA {
 
 constexpr int64_t kGrain = 16384;  // elements worth waking a thread for
 constexpr int kPrefetchBytes = 4096;
+
+template <int kIn, int kBlock, class T>
+PYDL_HD void prefetch_block(const T* const (&in)[kIn], int64_t i) {
+  constexpr int kPerLine = 64 / static_cast<int>(sizeof(T));
+  for (int at = 0; at < kBlock; at += kPerLine) {
+    for (int k = 0; k < kIn; ++k) prefetch(in[k] + i + at + kPrefetchBytes / sizeof(T));
+  }
+}
+
+// kBlock elements of bf16, as pairs of registers.
+template <class F, int kOut, int kIn, int kBlock>
+PYDL_HD void pairs_block(const F& f, bfloat16* const (&out)[kOut], const bfloat16* const (&in)[kIn],
+                         int64_t i, bool past_cache) {
+  constexpr int kWidth = 2 * kLanes;
+  vuint y[kOut][kBlock / kWidth];
+#pragma GCC unroll 2
+  for (int r = 0; r < kBlock / kWidth; ++r) {
+    vlow x[2][kIn], one[2][kOut];
+    for (int k = 0; k < kIn; ++k) {
+      const Pair pair = load_pair(in[k] + i + r * kWidth);
+      x[0][k] = pair.even;
+      x[1][k] = pair.odd;
+    }
+    for (int half = 0; half < 2; ++half) f(x[half], one[half], 0);
+    for (int k = 0; k < kOut; ++k) y[k][r] = join(one[0][k], one[1][k]);
+  }
+  for (int k = 0; k < kOut; ++k) {
+    for (int r = 0; r < kBlock / kWidth; ++r) {
+      void* p = out[k] + i + r * kWidth;
+      if (past_cache) {
+        pydl::stream(p, y[k][r]);
+      } else {
+        *static_cast<vuint_any*>(p) = y[k][r];
+      }
+    }
+  }
+  if (past_cache) prefetch_block<kIn, kBlock>(in, i);
+}
+
+// Whether what a functor computes depends on where an element lies.
+template <class F>
+PYDL_HD bool by_position(const F& f) {
+  if constexpr (requires { f.by_position(); }) return f.by_position();
+  return false;
+}
 
 // Computes n elements that lie in one run in every operand. The only code that is made anew for
 // each formula and type: the loops around it see it as a RunFn.
@@ -29,6 +76,7 @@ __attribute__((noinline)) void map_run(const void* functor, void* const* outs,
   const T* in[kIn];
   for (int k = 0; k < kOut; ++k) out[k] = static_cast<T*>(outs[k]);
   for (int k = 0; k < kIn; ++k) in[k] = static_cast<const T*>(ins[k]);
+  [[maybe_unused]] const bool in_pairs = !by_position(f);
   int64_t i = 0, head = 0;
   const auto misaligned = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % 64; };
   for (int k = 1; k < kOut; ++k) stream = stream && misaligned(out[k]) == misaligned(out[0]);
@@ -37,6 +85,12 @@ __attribute__((noinline)) void map_run(const void* functor, void* const* outs,
   for (bool block = head == 0;; block = true) {
     if (block) {
       for (; i + kBlock <= n; i += kBlock) {
+        if constexpr (std::is_same_v<T, bfloat16>) {
+          if (in_pairs) {
+            pairs_block<F, kOut, kIn, kBlock>(f, out, in, i, stream);
+            continue;
+          }
+        }
         V y[kOut][kBlock / kWidth];
 #pragma GCC unroll 2
         for (int r = 0; r < kBlock / kWidth; ++r) {
@@ -46,10 +100,7 @@ __attribute__((noinline)) void map_run(const void* functor, void* const* outs,
           for (int k = 0; k < kOut; ++k) y[k][r] = one[k];
         }
         for (int k = 0; k < kOut; ++k) put<kLines>(out[k] + i, y[k], stream);
-        for (int line = 0; stream && line < kLines; ++line) {
-          for (int k = 0; k < kIn; ++k)
-            prefetch(in[k] + i + line * kPerLine + kPrefetchBytes / sizeof(T));
-        }
+        if (stream) prefetch_block<kIn, kBlock>(in, i);
       }
     }
     const int64_t stop = block ? n : head;

@@ -74,7 +74,11 @@ inline __attribute__((noinline)) V keep(const Dropout& dropout, int64_t index) {
     }
     factors[j] = pick(words, i) < dropout.threshold ? A(0) : static_cast<A>(dropout.scale);
   }
-  return load(factors);
+  if constexpr (std::is_same_v<V, vlow>) {
+    return {load(factors)};
+  } else {
+    return load(factors);
+  }
 }
 #endif
 

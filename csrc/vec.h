@@ -28,11 +28,40 @@ typedef uint16_t vshort __attribute__((vector_size(kVectorBytes / 2)));
 // The same, at any address.
 typedef float vfloat_any __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 typedef uint16_t vshort_any __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint32_t vuint_any __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+
+// A register of floats that will be rounded to the 8 bits of bf16: the same operators, but formulas
+// that take its type may be off by 1e-4.
+struct vlow {
+  vfloat v;
+};
+struct vlow_mask {
+  vint v;
+};
+PYDL_HD vlow operator-(vlow a) { return {-a.v}; }
+PYDL_HD vlow operator+(vlow a, vlow b) { return {a.v + b.v}; }
+PYDL_HD vlow operator-(vlow a, vlow b) { return {a.v - b.v}; }
+PYDL_HD vlow operator*(vlow a, vlow b) { return {a.v * b.v}; }
+PYDL_HD vlow& operator+=(vlow& a, vlow b) {
+  a.v += b.v;
+  return a;
+}
+PYDL_HD vlow_mask operator<(vlow a, vlow b) { return {a.v < b.v}; }
+PYDL_HD vlow_mask operator>(vlow a, vlow b) { return {a.v > b.v}; }
+PYDL_HD vlow_mask operator<=(vlow a, vlow b) { return {a.v <= b.v}; }
+
+PYDL_HD vfloat select(vint where, vfloat a, vfloat b) { return where ? a : b; }
+PYDL_HD vlow select(vlow_mask where, vlow a, vlow b) { return {where.v ? a.v : b.v}; }
 
 // The lanes that one step computes, in the accumulation type: a register of floats, or one double.
 template <class T>
 struct Lanes {
   using type = vfloat;
+  static constexpr int count = kLanes;
+};
+template <>
+struct Lanes<bfloat16> {
+  using type = vlow;
   static constexpr int count = kLanes;
 };
 template <>
@@ -68,16 +97,40 @@ PYDL_HD vshort narrow(vuint x) {
 #endif
 }
 
-PYDL_HD vfloat load(const bfloat16* p) {
-  return (vfloat)(widen(*reinterpret_cast<const vshort_any*>(p)) << 16);
+PYDL_HD vlow load(const bfloat16* p) {
+  return {(vfloat)(widen(*reinterpret_cast<const vshort_any*>(p)) << 16)};
 }
-PYDL_HD vshort round_bf16(vfloat x) {
-  const vuint bits = (vuint)x;
-  const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vuint nan = (bits >> 16) | 0x40u;
-  return narrow((vuint)(x != x ? (vint)nan : (vint)rounded));
+// bf16 in the upper halves, rounded to nearest even; NaN stays NaN. The lower halves are anything.
+PYDL_HD vuint round_upper(vlow x) {
+  const vuint bits = (vuint)x.v;
+#if PYDL_LEVEL == 2
+  const __m512i wide = (__m512i)bits, one = _mm512_set1_epi32(1);
+  const __mmask16 odd = _mm512_test_epi32_mask(wide, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x.v, (__m512)x.v, _CMP_UNORD_Q);
+  __m512i t = _mm512_add_epi32(wide, _mm512_set1_epi32(0x7fff));
+  t = _mm512_mask_add_epi32(t, odd, t, one);
+  return (vuint)_mm512_mask_or_epi32(t, nan, wide, _mm512_set1_epi32(0x400000));
+#else
+  const vuint rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (vuint)(x.v != x.v ? (vint)(bits | 0x400000u) : (vint)rounded);
+#endif
 }
-PYDL_HD void store(bfloat16* p, vfloat x) { *reinterpret_cast<vshort_any*>(p) = round_bf16(x); }
+PYDL_HD void store(bfloat16* p, vlow x) {
+  *reinterpret_cast<vshort_any*>(p) = narrow(round_upper(x) >> 16);
+}
+
+// A register of bf16 as two of floats, those at even places and those at odd ones, and back: fewer
+// instructions than keeping the order.
+struct Pair {
+  vlow even, odd;
+};
+PYDL_HD Pair load_pair(const bfloat16* p) {
+  const vuint both = *reinterpret_cast<const vuint_any*>(p);
+  return {{(vfloat)(both << 16)}, {(vfloat)(both & 0xffff0000u)}};
+}
+PYDL_HD vuint join(vlow even, vlow odd) {
+  return (round_upper(even) >> 16) | (round_upper(odd) & 0xffff0000u);
+}
 
 PYDL_HD vfloat load(const float16* p) {
 #if PYDL_LEVEL == 2
@@ -104,30 +157,31 @@ PYDL_HD vshort round_f16(vfloat x) {
 }
 PYDL_HD void store(float16* p, vfloat x) { *reinterpret_cast<vshort_any*>(p) = round_f16(x); }
 
-PYDL_HD vshort round_to(const bfloat16*, vfloat x) { return round_bf16(x); }
+PYDL_HD vshort round_to(const bfloat16*, vlow x) { return narrow(round_upper(x) >> 16); }
 PYDL_HD vshort round_to(const float16*, vfloat x) { return round_f16(x); }
 
 // Stores past the cache; p is aligned to 64 bytes. Two registers of a 16-bit type share a store.
 #if defined(__x86_64__)
 #define PYDL_STREAMS 1
-template <class T>
-PYDL_HD void stream64(T* p, const vfloat* x) {
-  if constexpr (sizeof(T) == 4) {
-    for (int i = 0; i < 64 / kVectorBytes; ++i) {
+PYDL_HD void stream(void* p, vuint x) {
 #if PYDL_LEVEL == 2
-      _mm512_stream_ps(p + i * kLanes, (__m512)x[i]);
+  _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)x);
 #elif PYDL_LEVEL == 1
-      _mm256_stream_ps(p + i * kLanes, (__m256)x[i]);
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x);
 #else
-      _mm_stream_ps(p + i * kLanes, (__m128)x[i]);
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x);
 #endif
-    }
+}
+template <class T>
+PYDL_HD void stream64(T* p, const typename Lanes<T>::type* x) {
+  if constexpr (sizeof(T) == 4) {
+    for (int i = 0; i < 64 / kVectorBytes; ++i) stream(p + i * kLanes, (vuint)x[i]);
   } else {
     for (int i = 0; i < 64 / kVectorBytes; ++i) {
       const vshort low = round_to(p, x[2 * i]), high = round_to(p, x[2 * i + 1]);
 #if PYDL_LEVEL == 2
       const __m512i pair =
-          _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
+          _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
       _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pair);
 #elif PYDL_LEVEL == 1
       _mm256_stream_si256(reinterpret_cast<__m256i*>(p + i * 16),
@@ -144,6 +198,7 @@ PYDL_HD void stream_fence() { _mm_sfence(); }
 #else
 #define PYDL_STREAMS 0
 PYDL_HD void stream_fence() {}
+PYDL_HD void stream(void* p, vuint x) { *static_cast<vuint_any*>(p) = x; }
 #endif
 
 // Stores kLines cache lines, past the cache or not.
@@ -168,6 +223,11 @@ PYDL_HD void prefetch(const void* p) { __builtin_prefetch(p); }
 template <>
 PYDL_HD vfloat splat<vfloat>(double x) {
   return static_cast<float>(x) - vfloat{};
+}
+
+template <>
+PYDL_HD vlow splat<vlow>(double x) {
+  return {splat<vfloat>(x)};
 }
 
 // The first `count` lanes; the rest are 0.
@@ -197,8 +257,10 @@ PYDL_HD double add_lanes(vfloat x) {
   }
   return x[0];
 }
+PYDL_HD double add_lanes(vlow x) { return add_lanes(x.v); }
 PYDL_HD double add_lanes(double x) { return x; }
 PYDL_HD double lane(vfloat x, int64_t i) { return x[i]; }
+PYDL_HD double lane(vlow x, int64_t i) { return x.v[i]; }
 PYDL_HD double lane(double x, int64_t) { return x; }
 
 // 1 / d for d in [1, 2^126]: an estimate of 12 to 14 bits and a Newton step, within 1.5 units of
@@ -236,6 +298,18 @@ PYDL_HD vfloat at_least(vfloat x, double bound) {
 PYDL_HD vfloat magnitude(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
 PYDL_HD vfloat with_sign_of(vfloat size, vfloat x) {
   return (vfloat)(((vint)size & 0x7fffffff) | ((vint)x & INT32_MIN));
+}
+
+PYDL_HD vlow at_most(vlow x, double bound) { return {at_most(x.v, bound)}; }
+PYDL_HD vlow at_least(vlow x, double bound) { return {at_least(x.v, bound)}; }
+PYDL_HD vlow magnitude(vlow x) { return {magnitude(x.v)}; }
+PYDL_HD vlow with_sign_of(vlow size, vlow x) { return {with_sign_of(size.v, x.v)}; }
+PYDL_HD vlow reciprocal(vlow d) {
+#if PYDL_LEVEL == 2
+  return {(vfloat)_mm512_maskz_rcp14_ps(0xffff, (__m512)d.v)};
+#else
+  return {1.0f / d.v};
+#endif
 }
 
 // x in units of ln 2: x = n ln 2 + r with |r| <= ln 2 / 2; n comes as a float and as an integer.
@@ -287,6 +361,38 @@ PYDL_HD vfloat exponential_minus_one(vfloat x) {
   q = q * t.r + 0.499999981f;
   const vfloat scale = power_of_two(t.exponent);
   return scale * (t.r + t.r * t.r * q) + (scale - 1.0f);
+}
+
+// The same for bf16, within 8e-5.
+PYDL_HD vlow exponential(vlow x) {
+#if PYDL_LEVEL == 2
+  // 2^t = 2^(t - floor t) 2^(floor t), for any t: both instructions know infinity and NaN.
+  const __m512 t = (__m512)(x.v * 1.44269504f);
+  const vfloat r = (vfloat)_mm512_maskz_reduce_ps(0xffff, t, 0x01);
+  vfloat p = 0.07802446f - vfloat{};
+  p = p * r + 0.22606725f;
+  p = p * r + 0.69583351f;
+  p = p * r + 0.99992522f;
+  return {(vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)p, t)};
+#else
+  const Reduced t = reduce_ln2(at_least(x.v, -105));
+  vfloat p = 0.16566829f - vfloat{};
+  p = p * t.r + 0.50496326f;
+  p = p * t.r + 1.0001642f;
+  p = p * t.r + 0.99992807f;
+  const vint half = t.exponent >> 1;
+  return {p * power_of_two(half) * power_of_two(t.exponent - half)};
+#endif
+}
+
+// Within 3e-5 of itself, near 0 too.
+PYDL_HD vlow exponential_minus_one(vlow x) {
+  const Reduced t = reduce_ln2(at_least(x.v, -20));
+  vfloat q = 0.04161f - vfloat{};
+  q = q * t.r + 0.16749629f;
+  q = q * t.r + 0.50001653f;
+  const vfloat scale = power_of_two(t.exponent);
+  return {scale * (t.r + t.r * t.r * q) + (scale - 1.0f)};
 }
 
 }  // namespace PYDL_ISA
