@@ -122,8 +122,8 @@ def test_fp32(level: str) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_16_bit(level: str, dtype: str) -> None:
-    """Rounded once: within 0.51 ulp for every value of the type; within 0.54 in bf16, whose formulas
-    are shorter (vlow)."""
+    """Rounded once: within 0.51 ulp for every value of the type; 0.54 in bf16, whose formulas are
+    shorter (vlow)."""
     errors, most = _measured(level)[dtype], {"fp16": 0.51, "bf16": 0.54}[dtype]
     assert not {name: error for name, error in errors.items() if not error <= most}
 
