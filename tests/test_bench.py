@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -167,6 +168,7 @@ def test_pytest_benchmark() -> None:
         [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-p",
          "no:cacheprovider", "--ops", "relu", "--shapes", "8x64", "--backends", "cpu"],
         cwd=harness.ROOT, capture_output=True, text=True, timeout=300,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST")},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "relu 8x64 float32 backward" in done.stdout and "4 passed" in done.stdout
