@@ -31,8 +31,8 @@ def test_module_compiles_with_cuda(tmp_path: Path) -> None:
     flags = [part for path in includes for part in ("-isystem", str(path))]
     done = subprocess.run(
         [
-            compiler, "-std=c++20", "-fopenmp", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-parameter",
-            "-DPYDL_CUDA", "-DTORCH_EXTENSION_NAME=_C",
+            compiler, "-std=c++20", "-fopenmp", "-fsyntax-only", "-Wall", "-Wextra",
+            "-Wno-unused-parameter", "-DPYDL_CUDA", "-DTORCH_EXTENSION_NAME=_C",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *flags, str(ROOT / "csrc" / "module.cpp"),
         ],
