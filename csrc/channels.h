@@ -35,7 +35,7 @@ PYDL_HD V sum_register(const F& f, T* const (&out)[kOut], const T* const (&in)[k
 }
 
 // The float sums of up to kTile registers' lanes stay in registers and L1 before they go to fp64.
-constexpr int64_t kBlock = 1024, kTile = 64;
+constexpr int64_t kBlock = 1024, kTile = 64, kColumns = 2048;
 
 // Rows of all channels.
 template <class T, class F, int kOut, int kIn>
@@ -44,16 +44,18 @@ __attribute__((noinline)) void sum_columns(const F& f, T* const (&out)[kOut],
                                            int64_t channels, Range rows, double* partial) {
   using V = typename Lanes<T>::type;
   constexpr int kWidth = Lanes<T>::count;
-  V sums[kBlock / kWidth];
+  V sums[kColumns / kWidth];
   for (int64_t c = 0; c < channels; ++c) partial[c] = 0;
-  for (int64_t c0 = 0; c0 < channels; c0 += kBlock) {
-    const int64_t block = channels - c0 < kBlock ? channels - c0 : kBlock;
+  for (int64_t c0 = 0; c0 < channels; c0 += kColumns) {
+    const int64_t block = channels - c0 < kColumns ? channels - c0 : kColumns;
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kTile) {
       const int64_t r1 = rows.end - r0 < kTile ? rows.end : r0 + kTile;
       for (V& sum : sums) sum = splat<V>(0);
       for (int64_t r = r0; r < r1; ++r) {
         for (int64_t c = 0; c < block; c += kWidth) {
           const V p = load_some(parameter + c0 + c, block - c);
+          // The next row begins in another page, which the hardware does not foresee.
+          for (int k = 0; k < kIn; ++k) prefetch(in[k] + (r + 1) * channels + c0 + c);
           sums[c / kWidth] += sum_register<T>(f, out, in, p, r * channels + c0 + c, block - c);
         }
       }
