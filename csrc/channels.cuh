@@ -112,16 +112,18 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// Grid: blocks of 32 channels; block: 32 channels by 32 pieces.
+// partials: `count` rows, `stride` apart. Grid: blocks of 32 channels; block: 32 channels by 32
+// pieces.
 template <class T>
 __global__ void __launch_bounds__(kWarp* kWarp)
-    add_partials_kernel(T* totals, const double* partials, int64_t channels, int64_t count) {
+    add_partials_kernel(T* totals, const double* partials, int64_t channels, int64_t count,
+                        int64_t stride) {
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   double sum = 0;
   if (channel < channels) {
     for (int64_t piece = row; piece < count; piece += kWarp)
-      sum += partials[piece * channels + channel];
+      sum += partials[piece * stride + channel];
   }
   __shared__ double shared[kWarp][kWarp];
   shared[row][lane] = sum;
@@ -185,7 +187,8 @@ inline void map_and_sum(Stream stream, const char* op, const F& f, const Slow& s
     const auto kernel = &add_partials_kernel<T>;
     const int64_t blocks = (pieces.channels + kWarp - 1) / kWarp;
     PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kWarp * kWarp), 0, stream,
-                static_cast<T*>(total.data), sums, pieces.channels, pieces.count());
+                static_cast<T*>(total.data), sums, pieces.channels, pieces.count(),
+                pieces.channels);
   });
 }
 

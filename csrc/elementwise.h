@@ -123,8 +123,9 @@ using RunFn = void (*)(const void* functor, void* const* outs, const void* const
 // The same where operands may step by any stride: those that do pass through a small buffer.
 template <class Unit, int kOut, int kIn>
 inline void map_strided(RunFn run, const void* functor, void* const* out, const void* const* in,
-                        const int64_t* steps, int64_t n, int64_t index) {
-  constexpr int64_t kBlock = 512;
+                        const int64_t* steps, int64_t n, int64_t index, bool stream) {
+  constexpr int64_t kBlock = 1024;
+  for (int k = 0; k < kOut; ++k) stream = stream && steps[k] == 1;
   Unit buffers[kOut + kIn][kBlock];
   for (int k = 0; k < kIn; ++k) {
     if (steps[kOut + k] != 0) continue;
@@ -146,7 +147,7 @@ inline void map_strided(RunFn run, const void* functor, void* const* out, const 
     for (int k = 0; k < kOut; ++k) {
       to[k] = steps[k] == 1 ? static_cast<Unit*>(out[k]) + begin : buffers[k];
     }
-    run(functor, to, from, count, index + begin, false);
+    run(functor, to, from, count, index + begin, stream);
     for (int k = 0; k < kOut; ++k) {
       if (steps[k] == 1) continue;
       for (int64_t j = 0; j < count; ++j)
@@ -190,7 +191,7 @@ inline void map_loop(RunFn run, const void* functor, const Loop<kOut + kIn>& loo
       if (unit) {
         run(functor, out, in, count, begin, stream);
       } else {
-        map_strided<Unit, kOut, kIn>(run, functor, out, in, steps, count, begin);
+        map_strided<Unit, kOut, kIn>(run, functor, out, in, steps, count, begin, stream);
       }
       begin += count;
       at[inner] += count;

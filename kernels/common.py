@@ -177,15 +177,15 @@ def threshold(p: float) -> int:
 
 
 @triton.jit
-def add_partials_kernel(total, partials, channels, pieces, BLOCK: tl.constexpr):
-    """Adds each channel's pieces in order."""
+def add_partials_kernel(total, partials, channels, pieces, stride, BLOCK: tl.constexpr):
+    """Adds each channel's pieces, `stride` apart, in order."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
     total_sum = tl.zeros((BLOCK,), dtype=tl.float64)
     at = partials + c
     for _ in range(pieces):
         total_sum += tl.load(at, mask=inside, other=0.0)
-        at += channels
+        at += stride
     tl.store(total + c, rounded(total_sum.to(tl.float32), total.dtype.element_ty), mask=inside)
 
 
@@ -193,7 +193,7 @@ def add_partials(total: Tensor, partials: Tensor) -> None:
     """total: (channels); partials: (pieces, channels), fp64."""
     pieces, channels = partials.shape
     add_partials_kernel[(triton.cdiv(channels, 32),)](
-        total, partials, channels, pieces, BLOCK=32, num_warps=1
+        total, partials, channels, pieces, channels, BLOCK=32, num_warps=1
     )
 
 

@@ -25,8 +25,9 @@ class Rule:
 
     Attributes:
         name: The op.
-        tensors: How many tensors come first among the arguments; scalars follow.
-        forward: `(backend, *tensors, *scalars) -> Tensor`, by kernels.
+        tensors: How many tensors, None allowed, come first among the arguments; scalars follow.
+        forward: `(backend, *tensors, *scalars) -> Tensor`, by kernels; with `extras` a tuple of the
+            output and of so many more tensors, which backward gets after the saved ones.
         backward: `(backend, dy, saved, scalars, needs) -> a gradient per tensor`, by kernels. Never
             writes `saved`; may return None where `needs` is false.
         reference: `(*tensors, *scalars) -> Tensor` in plain PyTorch.
@@ -34,6 +35,7 @@ class Rule:
         derivative: `(dy, saved, scalars) -> a gradient per tensor` in plain differentiable PyTorch;
             needed where the output is saved, else derived from `reference`.
         pointwise: All tensors have the output's shape and elements do not meet.
+        extras: How many tensors come along with the output for backward, not differentiable.
     """
 
     name: str
@@ -44,11 +46,18 @@ class Rule:
     saves_output: bool = False
     derivative: Callable[..., Gradients] | None = None
     pointwise: bool = False
+    extras: int = 0
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """fp32 for fp16 and bf16; others as they are."""
+def wide(tensor: Any) -> Any:
+    """fp32 for fp16 and bf16; others, and None, as they are."""
+    if tensor is None:
+        return None
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _floating(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point()
 
 
 def in_reference(rule: Rule, *args: Any) -> Tensor:
@@ -67,13 +76,13 @@ def derivative(rule: Rule, dy: Tensor, saved: Sequence[Tensor], scalars: tuple) 
     if rule.derivative is not None:
         return rule.derivative(wide(dy), tuple(wide(t) for t in saved), scalars)
     leaves = [
-        t if t.requires_grad or not t.is_floating_point() else t.detach().requires_grad_()
-        for t in saved
+        t if not _floating(t) or t.requires_grad else t.detach().requires_grad_()
+        for t in saved[: rule.tensors]
     ]
-    floats = [t for t in leaves if t.is_floating_point()]
+    floats = [t for t in leaves if _floating(t)]
     out = rule.reference(*(wide(t) for t in leaves), *scalars)
     got = iter(torch.autograd.grad(out, floats, wide(dy), create_graph=True, allow_unused=True))
-    return tuple(next(got) if t.is_floating_point() else None for t in leaves)
+    return tuple(next(got) if _floating(t) else None for t in leaves)
 
 
 def special() -> bool:
@@ -110,9 +119,10 @@ def make(rule: Rule) -> Callable[..., Tensor]:
             # Aliases: dy may come from x, and what flows back to x through dy is not ours to count.
             with torch.enable_grad():
                 leaves = [
-                    t.view_as(t) if create and need else t.detach().requires_grad_(need)
+                    None if t is None
+                    else t.view_as(t) if create and need else t.detach().requires_grad_(need)
                     for t, need in zip(given, wanted, strict=True)
-                ]
+                ]  # fmt: skip
                 first = derivative(rule, leaves[0], leaves[1:], ctx.scalars)
                 pairs = [
                     (d, g)
@@ -143,10 +153,15 @@ def make(rule: Rule) -> Callable[..., Tensor]:
         def setup_context(ctx, inputs, output):
             ctx.backend = inputs[0]
             ctx.scalars = inputs[1 + n :]
-            ctx.save_for_backward(*((output,) if rule.saves_output else inputs[1 : 1 + n]))
+            if rule.extras:
+                extras = output[1:]
+                ctx.mark_non_differentiable(*extras)
+                ctx.save_for_backward(*inputs[1 : 1 + n], *extras)
+            else:
+                ctx.save_for_backward(*((output,) if rule.saves_output else inputs[1 : 1 + n]))
 
         @staticmethod
-        def backward(ctx, dy):
+        def backward(ctx, dy, *of_extras):
             saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n]
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = Backward.apply(ctx.backend, needs, len(saved), dy, *saved, *ctx.scalars)
@@ -166,8 +181,10 @@ def make(rule: Rule) -> Callable[..., Tensor]:
             return in_reference(rule, *args)
         if torch.is_grad_enabled():
             for tensor in args[:n]:
-                if tensor.requires_grad:
-                    return (Forward.apply if traced else plain_apply)(backend, *args)
-        return rule.forward(backend, *args)
+                if tensor is not None and tensor.requires_grad:
+                    out = (Forward.apply if traced else plain_apply)(backend, *args)
+                    return out[0] if rule.extras else out
+        out = rule.forward(backend, *args)
+        return out[0] if rule.extras else out
 
     return call

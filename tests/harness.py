@@ -167,14 +167,22 @@ def _bands(reference: Tensor) -> Iterator[Tensor]:
         yield finite & (size >= low) & (size < high)
 
 
+def by_rows(op: Op) -> bool:
+    """Whether elements of a row meet."""
+    return op.family == "layer_norm"
+
+
 def judged(
-    what: str, out: Tensor, reference: Tensor, same: Tensor, terms: float = 0.0
-) -> list[str]:
-    """Complaints about a value: shape, dtype, `judge`."""
+    what: str, out: Tensor, reference: Tensor, same: Tensor, terms: float = 0.0,
+    whole: bool = False,
+) -> list[str]:  # fmt: skip
+    """Complaints about a value: shape, dtype, `judge`; by bands of size, or `whole` where an
+    element's error comes from others of its row."""
     if out.shape != reference.shape or out.dtype != same.dtype:
         return [f"{what}: {out.dtype} {tuple(out.shape)}, wants {same.dtype} {tuple(same.shape)}"]
     complaints = []
-    for band in _bands(reference) if out.numel() else ():
+    everything = [torch.ones_like(reference, dtype=torch.bool)]
+    for band in (everything if whole else _bands(reference)) if out.numel() else ():
         if not band.any():
             continue
         right, error, allowed = judge(out[band], reference[band], same[band], terms)
@@ -184,8 +192,9 @@ def judged(
 
 
 def judged_gradient(
-    what: str, grad: Tensor, reference: Tensor, same: Tensor, x: Tensor, terms: float
-) -> list[str]:
+    what: str, grad: Tensor, reference: Tensor, same: Tensor, x: Tensor, terms: float,
+    whole: bool = False,
+) -> list[str]:  # fmt: skip
     """Complaints about a gradient.
 
     The derivative that autograd takes of a definition can be inf - inf or 0 * inf where the true
@@ -195,9 +204,11 @@ def judged_gradient(
     if grad.shape != reference.shape or grad.dtype != same.dtype:
         return [f"{what}: {grad.dtype} {tuple(grad.shape)}, wants {same.dtype} {tuple(same.shape)}"]
     known, native = reference.to(same.dtype).isfinite(), same.isfinite()
-    complaints = judged(what, grad[known], reference[known], same[known], terms)
+    complaints = judged(what, grad[known], reference[known], same[known], terms, whole)
     only = native & ~known
-    complaints += judged(f"{what} as torch's", grad[only], same[only].double(), same[only], terms)
+    complaints += judged(
+        f"{what} as torch's", grad[only], same[only].double(), same[only], terms, whole
+    )
     neither = ~known & ~native
     got, want = grad[neither].double(), same[neither].double()
     right = (got == want) | (got.isnan() & want.isnan())
@@ -214,11 +225,12 @@ def compare(
     """Complaints about an output and its gradients: the judge's, all of them."""
     wanted = run(op.reference, case.to(torch.float64), dtype, how)
     native = run(op.native, case, dtype, how)
-    complaints = judged("output", got[0], wanted[0], native[0])
+    whole = by_rows(op)
+    complaints = judged("output", got[0], wanted[0], native[0], whole=whole)
     for i, x in enumerate(case.tensors()):
         grad, want, same = got[1 + i], wanted[1 + i], native[1 + i]
         terms = got[0].numel() / max(1, grad.numel())
-        complaints += judged_gradient(f"gradient {i}", grad, want, same, x, terms)
+        complaints += judged_gradient(f"gradient {i}", grad, want, same, x, terms, whole)
     return complaints
 
 

@@ -56,8 +56,14 @@ def _variants(op: Op, backend: str) -> list[Case]:
 
 def _caller(op: Op, case: Case, backend: str | None) -> Callable[..., torch.Tensor]:
     """The call as a function of its tensors, closed over nothing else that has a size."""
-    further = [a for a in case.args if not isinstance(a, torch.Tensor)]
-    return lambda *given: op.function(*given, *further, backend=backend, **case.kwargs)
+    pattern: list[tuple[int, object]] = []
+    for arg in case.args:
+        is_tensor = isinstance(arg, torch.Tensor)
+        count = sum(i >= 0 for i, _ in pattern)
+        pattern.append((count, None) if is_tensor else (-1, arg))
+    return lambda *given: op.function(
+        *[given[i] if i >= 0 else arg for i, arg in pattern], backend=backend, **case.kwargs
+    )
 
 
 def _complaints(op: Op, by: str | None, case: Case, **options: object) -> list[str]:

@@ -101,16 +101,21 @@ def _three_times(function: Callable, case: Case) -> list[torch.Tensor]:
 
 
 def test_third_derivative(op: Op, backend: str) -> None:
-    """Backward, thrice, equals torch's, also where the incoming gradient depends on the input."""
+    """Backward, thrice, equals torch's, also where the incoming gradient depends on the input.
+
+    The third derivative of torch's layer_norm takes mean and scale for constants (its gradcheck
+    fails): there the definition's is right.
+    """
     if not takes(backend, torch.float64):
         pytest.skip(f"backend {backend} has no fp64")
     complaints = []
     for case in op.cases(torch.float64, harness.device(backend)):
         if not harness.moderate(case, 600) or not case.args[0].numel():
             continue
-        got, wanted = _three_times(harness.on(op, backend), case), _three_times(op.native, case)
+        right = op.reference if op.name == "layer_norm" else op.native
+        got, wanted = _three_times(harness.on(op, backend), case), _three_times(right, case)
         for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
-            if not torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max())):
+            if not torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()) + 1e-30):
                 order, which = 1 + i // len(case.tensors()), i % len(case.tensors())
                 error = float((a - b).abs().max() / b.abs().max())
                 complaints.append(
@@ -256,6 +261,11 @@ def test_saved_bytes(op: Op, backend: str, cases: Callable[..., list]) -> None:
             held = {out.untyped_storage().data_ptr(): out}
             wanted = out.numel()
         foreign = [t for t in saved if t.numel() and t.untyped_storage().data_ptr() not in held]
+        if op.family == "layer_norm":  # a mean and a scale a row, too
+            rows = given[0].numel() // max(1, torch.Size(case.args[1]).numel())
+            numbers = [t for t in foreign if t.numel() == rows]
+            foreign = [t for t in foreign if t.numel() != rows or len(numbers) > 2]
+            wanted += 2 * rows
         floats = sum(t.numel() for t in saved if t.is_floating_point())
         if foreign or floats > wanted:
             shapes = [tuple(t.shape) for t in saved]

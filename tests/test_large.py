@@ -79,7 +79,7 @@ def test_far_apart(op: Op, backend: str) -> None:
 
 
 def test_far_apart_outputs(op: Op, backend: str) -> None:
-    """Elementwise kernels write rows that lie more than 2^31 elements apart; Triton's say no."""
+    """Elementwise kernels write rows that lie more than 2^31 elements apart; others say no."""
     device = harness.device(backend)
     if device == "cpu" and _free() < 6 << 30:
         pytest.skip("6 GiB of address space are needed")
@@ -90,12 +90,13 @@ def test_far_apart_outputs(op: Op, backend: str) -> None:
     checked = 0
     for kernel, args in recorder.calls:
         written = [i for i, w in enumerate(watch.outputs(kernel)) if w]
-        if any(args[i].shape != (2, 37) for i in written):
+        large = [i for i in written if args[i].shape == (2, 37)]
+        if not large:
             continue  # sums over channels want dense memory
-        far = [_far(torch.zeros_like(args[i])) if i in written else a for i, a in enumerate(args)]
+        far = [_far(torch.zeros_like(a)) if i in large else a for i, a in enumerate(args)]
         checked += 1
-        if backend == "triton":
-            with pytest.raises(RuntimeError, match=r"an output has strides .*, wants dense memory"):
+        if backend == "triton" or op.family == "layer_norm":
+            with pytest.raises(RuntimeError, match=r"wants dense memory"):
                 kernel(*far)
             continue
         kernel(*far)

@@ -110,13 +110,14 @@ def _judged(op: Op, backend: str, case: Case, dtype: torch.dtype, how: str) -> l
         torch.cat([got[0].reshape(-1), more_native.reshape(-1)]),
         torch.cat([wanted[0].reshape(-1), more_wanted.reshape(-1)]),
         torch.cat([native[0].reshape(-1), more_native.reshape(-1)]),
+        whole=harness.by_rows(op),
     )
     if harness.strides(got[0]) != harness.strides(native[0]):
         complaints.append(f"output has strides {got[0].stride()}, torch's {native[0].stride()}")
     for i, x in enumerate(case.tensors()):
         terms = max(4.0, got[0].numel() / max(1, x.numel()))
         complaints += harness.judged_gradient(
-            f"gradient {i}", got[1 + i], wanted[1 + i], native[1 + i], x, terms
+            f"gradient {i}", got[1 + i], wanted[1 + i], native[1 + i], x, terms, harness.by_rows(op)
         )
     return complaints
 

@@ -14,6 +14,7 @@ from pydl.nn.activation import (
     Tanh,
 )
 from pydl.nn.gated import GEGLU, GLU, BiasAct, GatedAct, MishGLU, ReGLU, SwiGLU
+from pydl.nn.norm import LayerNorm, RMSNorm
 
 __all__ = [
     "ELU",
@@ -23,10 +24,12 @@ __all__ = [
     "SELU",
     "BiasAct",
     "GatedAct",
+    "LayerNorm",
     "LeakyReLU",
     "Mish",
     "MishGLU",
     "PReLU",
+    "RMSNorm",
     "ReGLU",
     "ReLU",
     "SiLU",

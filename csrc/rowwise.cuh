@@ -1,0 +1,117 @@
+// What the CUDA kernels over rows share: a row in the registers of 32, 256 or 1024 threads, moved
+// 16 bytes at a time, sums over it, and weights of any dtype.
+#pragma once
+
+#include "channels.cuh"
+#include "rows.h"
+
+namespace pydl {
+inline namespace PYDL_ISA {
+
+// Sums of kCount values over the threads of a row, in a fixed order, for all of them. A row of 32
+// threads is a warp; a longer one is a block, which `shared` serves: 32 numbers a value.
+template <int kRowThreads, int kCount, class A>
+PYDL_DEVICE void sum_row(A (&values)[kCount], A* shared) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    for (int half = kWarp / 2; half > 0; half /= 2)
+      values[k] += __shfl_xor_sync(0xffffffffu, values[k], half);
+  }
+  if constexpr (kRowThreads > kWarp) {
+    constexpr int kWarps = kRowThreads / kWarp;
+    __syncthreads();  // the sums before may still be read
+    if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) shared[k * kWarp + threadIdx.x / kWarp] = values[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      A total = 0;
+      for (int w = 0; w < kWarps; ++w) total += shared[k * kWarp + w];
+      values[k] = total;
+    }
+  }
+}
+
+// A weight or bias of any dtype; data is null where absent.
+struct Weights {
+  const void* data;
+  DType dtype;
+  static Weights of(const char* op, const View& given, int64_t n) {
+    if (given.dtype == DType::none) return {nullptr, DType::none};
+    if (given.numel != n) fail("%s: wants %lld weights", op, static_cast<long long>(n));
+    return {given.data, given.dtype};
+  }
+  // Whether packs may be loaded at once.
+  bool packs() const { return dtype != DType::f64 && reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+};
+
+template <class A>
+PYDL_DEVICE A load_weight(const Weights& w, int64_t i) {
+  switch (w.dtype) {
+    case DType::f32:
+      return static_cast<A>(static_cast<const float*>(w.data)[i]);
+    case DType::f16:
+      return static_cast<A>(to_float(static_cast<const float16*>(w.data)[i]));
+    case DType::bf16:
+      return static_cast<A>(to_float(static_cast<const bfloat16*>(w.data)[i]));
+    default:
+      return static_cast<A>(static_cast<const double*>(w.data)[i]);
+  }
+}
+
+template <class W, int kPack>
+PYDL_DEVICE void load_packed(const Weights& w, int64_t i, float (&out)[kPack]) {
+  const Pack<W, kPack> pack =
+      *reinterpret_cast<const Pack<W, kPack>*>(static_cast<const W*>(w.data) + i);
+#pragma unroll
+  for (int j = 0; j < kPack; ++j) out[j] = to_float(pack.values[j]);
+}
+template <int kPack>
+PYDL_DEVICE void load_weights(const Weights& w, int64_t i, float absent, float (&out)[kPack]) {
+  if (w.data == nullptr) {
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) out[j] = absent;
+  } else if (w.dtype == DType::f32) {
+    load_packed<float, kPack>(w, i, out);
+  } else if (w.dtype == DType::bf16) {
+    load_packed<bfloat16, kPack>(w, i, out);
+  } else {
+    load_packed<float16, kPack>(w, i, out);
+  }
+}
+
+// A row as packs: thread t of a row has elements (item * kRowThreads + t) * kPack and the next few.
+template <class T, int kRowThreads, int kItems>
+struct Row {
+  static constexpr int kPack = 16 / sizeof(T), kRowsPerBlock = kRowThreads == kWarp ? 8 : 1;
+  static constexpr int kMost = kRowThreads * kItems * kPack;
+  Pack<T, kPack> packs[kItems];
+
+  static PYDL_DEVICE int64_t at(int item) {
+    return (static_cast<int64_t>(item) * kRowThreads + threadIdx.x) * kPack;
+  }
+  PYDL_DEVICE void load(const T* row, int64_t n) {
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+      if (at(item) < n) {
+        packs[item] = *reinterpret_cast<const Pack<T, kPack>*>(row + at(item));
+      }
+    }
+  }
+  // body(item, j, value) for every element of the thread.
+  template <class Body>
+  PYDL_DEVICE void each(int64_t n, const Body& body) const {
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+      if (at(item) < n) {
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) body(item, j, to_float(packs[item].values[j]));
+      }
+    }
+  }
+};
+
+}  // namespace PYDL_ISA
+}  // namespace pydl

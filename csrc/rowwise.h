@@ -1,0 +1,203 @@
+// What the CPU kernels over rows share: a row's moments, weights ready to be read a register at a
+// time, and the sum of the weights' gradients over the rows.
+#pragma once
+
+#include <cstdlib>
+
+#include "elementwise.h"
+#include "pieces.h"
+#include "rows.h"
+
+namespace pydl {
+inline namespace PYDL_ISA {
+
+constexpr int64_t kPad = kVectorBytes / 4;  // what the last register may read or write past a row
+constexpr int64_t kRowTile = 64;            // rows whose gradients are summed in fp32 at most
+
+// A register of a formula's type from numbers of its accumulation type, and back.
+template <class V, class A>
+PYDL_HD V load_as(const A* p) {
+  if constexpr (std::is_same_v<V, vlow>) {
+    return {load(p)};
+  } else {
+    return load(p);
+  }
+}
+PYDL_HD void store_as(float* p, vfloat x) { store(p, x); }
+PYDL_HD void store_as(float* p, vlow x) { store(p, x.v); }
+PYDL_HD void store_as(double* p, double x) { *p = x; }
+
+// Memory of the call's own. No std::vector: its code would be shared among the levels.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n)
+      : data_(n > 0 ? static_cast<A*>(std::malloc(static_cast<size_t>(n) * sizeof(A))) : nullptr) {
+    if (n > 0 && !data_) fail("no memory for %lld numbers", static_cast<long long>(n));
+    clear(n);
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  A* data() const { return data_; }
+  void clear(int64_t n) {
+    for (int64_t i = 0; i < n; ++i) data_[i] = 0;
+  }
+
+ private:
+  A* data_;
+};
+
+// A weight or bias of any dtype, in the accumulation type and padded; data() is null where absent.
+template <class A>
+class Parameters : public Scratch<A> {
+ public:
+  Parameters(const char* op, const View& given, int64_t n)
+      : Scratch<A>(given.dtype == DType::none ? 0 : n + kPad) {
+    if (given.dtype == DType::none) return;
+    if (given.numel != n) fail("%s: wants %lld weights", op, static_cast<long long>(n));
+    dispatch_float(op, given.dtype, [&](auto zero) {
+      const auto* from = static_cast<const decltype(zero)*>(given.data);
+      for (int64_t i = 0; i < n; ++i) this->data()[i] = static_cast<A>(to_float(from[i]));
+    });
+  }
+};
+
+// Rows worth waking a thread for.
+PYDL_HD int64_t row_grain(int64_t n) { return n >= kGrain ? 1 : kGrain / (n > 0 ? n : 1); }
+
+// The mean is shift + rest: where it is large, fp32 alone would lose its end.
+template <class A>
+struct Moments {
+  A shift, rest;
+  double variance;
+};
+
+// Calls body(i, count) for the registers of n elements; what `body` adds to its four sums goes to
+// fp64 every so often.
+template <class T, class Body, class Flush>
+PYDL_HD void over_row(int64_t n, const Body& body, const Flush& flush) {
+  constexpr int64_t kWidth = Lanes<T>::count, kChunk = 256 * kWidth;
+  for (int64_t i0 = 0; i0 < n; i0 += kChunk) {
+    const int64_t i1 = n - i0 < kChunk ? n : i0 + kChunk;
+    int64_t i = i0;
+    for (; i + 4 * kWidth <= i1; i += 4 * kWidth) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) body(k, i + k * kWidth, kWidth);
+    }
+    for (; i < i1; i += kWidth) body(0, i, i1 - i < kWidth ? i1 - i : kWidth);
+    flush();
+  }
+}
+template <class V>
+PYDL_HD double take(V (&sums)[4]) {
+  const double total = add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (V& sum : sums) sum = splat<V>(0);
+  return total;
+}
+// The first `count` lanes; 0 in the others.
+template <class T, class V>
+PYDL_HD V only(V x, int64_t count) {
+  if constexpr (Lanes<T>::count == 1) {
+    return x;
+  } else {
+    if (count >= Lanes<T>::count) return x;
+    float lanes[kLanes];
+    store_as(lanes, x);
+    for (int64_t i = count; i < kLanes; ++i) lanes[i] = 0;
+    return load_as<V>(lanes);
+  }
+}
+
+// Two passes: the mean, then sums of what is left of it and of its squares.
+template <class T>
+__attribute__((noinline)) Moments<acc_t<T>> moments(const T* x, int64_t n) {
+  using V = typename Lanes<T>::type;
+  using A = acc_t<T>;
+  V first[4] = {}, second[4] = {};
+  double total = 0, squares = 0;
+  over_row<T>(
+      n, [&](int k, int64_t i, int64_t count) { first[k] += load_some(x + i, count); },
+      [&] { total += take(first); });
+  const A shift = static_cast<A>(total / static_cast<double>(n));
+  total = 0;
+  over_row<T>(
+      n,
+      [&](int k, int64_t i, int64_t count) {
+        const V d = only<T>(load_some(x + i, count) - splat<V>(shift), count);
+        first[k] += d;
+        second[k] += d * d;
+      },
+      [&] {
+        total += take(first);
+        squares += take(second);
+      });
+  const double rest = total / static_cast<double>(n);
+  const double variance = squares / static_cast<double>(n) - rest * rest;
+  return {shift, static_cast<A>(rest), variance < 0 ? 0 : variance};
+}
+
+// The mean of the squares, as a variance about 0.
+template <class T>
+__attribute__((noinline)) Moments<acc_t<T>> mean_square(const T* x, int64_t n) {
+  using V = typename Lanes<T>::type;
+  V sums[4] = {};
+  double total = 0;
+  over_row<T>(
+      n,
+      [&](int k, int64_t i, int64_t count) {
+        const V value = load_some(x + i, count);
+        sums[k] += value * value;
+      },
+      [&] { total += take(sums); });
+  return {0, 0, total / static_cast<double>(n)};
+}
+
+// The means of g = dy w, as g + rest, and of g xhat, xhat = (x - mean) scale.
+template <class A>
+struct Dots {
+  A g, rest, gx;
+};
+template <class T>
+__attribute__((noinline)) Dots<acc_t<T>> dots(const T* dy, const T* x, const acc_t<T>* weight,
+                                              acc_t<T> mean, acc_t<T> scale, int64_t n) {
+  using V = typename Lanes<T>::type;
+  using A = acc_t<T>;
+  V g_sums[4] = {}, gx_sums[4] = {};
+  double g_total = 0, gx_total = 0;
+  over_row<T>(
+      n,
+      [&](int k, int64_t i, int64_t count) {
+        V g = load_some(dy + i, count);
+        if (weight) g = g * load_as<V>(weight + i);
+        const V xhat = only<T>((load_some(x + i, count) - splat<V>(mean)) * splat<V>(scale), count);
+        g_sums[k] += g;
+        gx_sums[k] += g * xhat;
+      },
+      [&] {
+        g_total += take(g_sums);
+        gx_total += take(gx_sums);
+      });
+  const double mean_g = g_total / static_cast<double>(n);
+  const A g = static_cast<A>(mean_g);
+  return {g, static_cast<A>(mean_g - g), static_cast<A>(gx_total / static_cast<double>(n))};
+}
+
+// out[i] = the sum over pieces of partials (pieces, 2, n) at `which`, in a fixed order.
+inline void add_pieces(const char* op, const View& out, const View& partials, int64_t which) {
+  if (out.numel == 0) return;
+  const int64_t pieces = partials.sizes[0], n = partials.sizes[2];
+  const double* from = static_cast<const double*>(partials.data) + which * n;
+  dispatch_float(op, out.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = static_cast<T*>(out.data);
+    for (int64_t i = 0; i < n; ++i) {
+      double total = 0;
+      for (int64_t piece = 0; piece < pieces; ++piece) total += from[piece * 2 * n + i];
+      to[i] = from_float<T>(static_cast<acc_t<T>>(total));
+    }
+  });
+}
+
+}  // namespace PYDL_ISA
+}  // namespace pydl

@@ -1,0 +1,244 @@
+"""Normalisation over the last dimensions: layer_norm and rms_norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pydl import autograd
+from pydl.autograd import Rule
+from pydl.backends import FLOATS, choose, empty_like, kernel
+
+
+def layer_norm_definition(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
+) -> Tensor:
+    over = tuple(range(-dims, 0))
+    d = x - x.mean(over, keepdim=True)
+    y = d * torch.rsqrt((d * d).mean(over, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def rms_norm_definition(x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:
+    over = tuple(range(-dims, 0))
+    y = x * torch.rsqrt((x * x).mean(over, keepdim=True) + eps)
+    return y if weight is None else y * weight
+
+
+def _rows(x: Tensor, dims: int) -> Tensor:
+    """(rows, columns), dense."""
+    n = prod(x.shape[x.dim() - dims :])
+    return x.contiguous().view(prod(x.shape[: x.dim() - dims]), n)
+
+
+def _flat(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.reshape(-1).contiguous()
+
+
+def _scale(x2: Tensor) -> Tensor:
+    """Where the kernels put a number a row."""
+    dtype = torch.float64 if x2.dtype == torch.float64 else torch.float32
+    return torch.empty(x2.shape[0], dtype=dtype, device=x2.device)
+
+
+def _sums(x2: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Where the gradients of weights go, and the fp64 scratch of (pieces, 2, columns); without
+    elements where they are not wanted.
+
+    The number of pieces depends on sizes only, so that the same bits come out each time.
+    """
+    rows, n = x2.shape
+    found = []
+    for weight, need in zip(weights, needs, strict=True):
+        wanted = weight is not None and need
+        dtype = weight.dtype if weight is not None else torch.float32
+        found.append(torch.empty(n if wanted else 0, dtype=dtype, device=x2.device))
+    most = (2112 if n <= 512 else 528) if x2.is_cuda else 32
+    pieces = max(1, min(most, rows // 4)) if any(f.numel() for f in found) else 0
+    found.append(torch.empty(pieces, 2, n, dtype=torch.float64, device=x2.device))
+    return found
+
+
+def _shaped(grad: Tensor, weight: Tensor | None) -> Tensor | None:
+    return grad.view(weight.shape) if weight is not None and grad.numel() else None
+
+
+def _forward(
+    backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x2 = _rows(x, dims)
+    y, mean, rstd = empty_like(x2), _scale(x2), _scale(x2)
+    kernel(backend, "layer_norm_fwd")(y, mean, rstd, x2, _flat(weight), _flat(bias), eps)
+    return y.view(x.shape), mean, rstd
+
+
+def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
+    x, weight, bias, mean, rstd = saved
+    x2 = _rows(x, scalars[0])
+    dx = empty_like(x2)
+    dweight, dbias, partials = _sums(x2, (weight, bias), needs[1:])
+    kernel(backend, "layer_norm_bwd")(
+        dx, dweight, dbias, partials, _rows(dy, scalars[0]), x2, mean, rstd, _flat(weight)
+    )
+    return dx.view(x.shape), _shaped(dweight, weight), _shaped(dbias, bias)
+
+
+def _laid_out(y: Tensor, x: Tensor) -> Tensor:
+    """torch's rms_norm keeps channels_last."""
+    if (
+        x.dim() == 4
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return y.contiguous(memory_format=torch.channels_last)
+    return y
+
+
+def _rms_forward(
+    backend: str, x: Tensor, weight: Tensor | None, dims: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    x2 = _rows(x, dims)
+    y, rstd = empty_like(x2), _scale(x2)
+    kernel(backend, "rms_norm_fwd")(y, rstd, x2, _flat(weight), eps)
+    return _laid_out(y.view(x.shape), x), rstd
+
+
+def _rms_backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
+    x, weight, rstd = saved
+    x2 = _rows(x, scalars[0])
+    dx = empty_like(x2)
+    dweight, partials = _sums(x2, (weight,), needs[1:])
+    kernel(backend, "rms_norm_bwd")(
+        dx, dweight, partials, _rows(dy, scalars[0]), x2, rstd, _flat(weight)
+    )
+    return _laid_out(dx.view(x.shape), x), _shaped(dweight, weight)
+
+
+_LAYER_NORM = Rule("layer_norm", 3, _forward, _backward, layer_norm_definition, extras=2)
+_RMS_NORM = Rule("rms_norm", 2, _rms_forward, _rms_backward, rms_norm_definition, extras=1)
+_layer_norm_call = autograd.make(_LAYER_NORM)
+_rms_norm_call = autograd.make(_RMS_NORM)
+
+
+def check_weights(op: str, input: Tensor, shape: Sequence[int], **weights: Tensor | None) -> None:
+    """Raises torch's errors, and ours for dtypes that no kernel takes."""
+    if len(shape) == 0 or list(input.shape[input.dim() - len(shape) :]) != list(shape):
+        raise RuntimeError(
+            f"pydl: {op}: normalized_shape is {list(shape)}, wants the last dimensions of the "
+            f"input, whose shape is {tuple(input.shape)}"
+        )
+    for name, weight in weights.items():
+        if weight is None:
+            continue
+        if weight.device != input.device:
+            raise RuntimeError(
+                f"pydl: {op}: {name} is on {weight.device}, wants the input's device, "
+                f"{input.device}"
+            )
+        if list(weight.shape) != list(shape):
+            raise RuntimeError(
+                f"pydl: {op}: {name} has shape {tuple(weight.shape)}, wants {tuple(shape)}"
+            )
+        if weight.dtype not in (input.dtype, torch.float32) or (
+            weight.dtype != input.dtype and input.dtype not in FLOATS[1:3]
+        ):
+            raise RuntimeError(
+                f"pydl: {op}: {name} has dtype {weight.dtype}, wants the input's, {input.dtype}, "
+                "or float32 with an input of 16 bits"
+            )
+
+
+def _autocast(input: Tensor) -> Tensor:
+    """On CUDA torch's autocast normalises in fp32."""
+    if input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype in FLOATS[1:3]:
+        return input.float()
+    return input
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Layer normalisation, `(x - mean) / sqrt(var + eps) * weight + bias` over the last dimensions.
+
+    Args:
+        input: Any strides and floating dtype; its last dimensions are `normalized_shape`.
+        normalized_shape: The dimensions to normalise over.
+        weight: Of `normalized_shape`, in the input's dtype, or fp32 with an input of 16 bits.
+        bias: Likewise.
+        eps: Added to the (biased) variance.
+        backend: Who computes; see `pydl.backends`.
+
+    Returns:
+        A dense tensor of the input's shape and dtype. Saves the input, and a mean and a reciprocal
+        standard deviation a row.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit.
+
+    Source: Ba et al. 2016, arXiv 1607.06450.
+    """
+    input = _autocast(input)
+    chosen = choose("layer_norm", backend, input)
+    if chosen == "torch":
+        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
+    check_weights("layer_norm", input, normalized_shape, weight=weight, bias=bias)
+    args = (input, weight, bias, len(normalized_shape), float(eps))
+    if chosen == "reference":
+        return autograd.in_reference(_LAYER_NORM, *args)
+    return _layer_norm_call(chosen, *args)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Root-mean-square normalisation, `x / sqrt(mean(x^2) + eps) * weight` over last dimensions.
+
+    Args:
+        input: Any strides and floating dtype; its last dimensions are `normalized_shape`.
+        normalized_shape: The dimensions to normalise over.
+        weight: Of `normalized_shape`, in the input's dtype, or fp32 with an input of 16 bits.
+        eps: Added to the mean square; None for `torch.finfo(dtype).eps` of what is computed in:
+            fp32 for 16 bits, as in torch.
+        backend: Who computes; see `pydl.backends`.
+
+    Returns:
+        A dense tensor of the input's shape and dtype. Saves the input, and a reciprocal root mean
+        square a row.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+    input = _autocast(input)
+    chosen = choose("rms_norm", backend, input)
+    if chosen == "torch":
+        return F.rms_norm(input, list(normalized_shape), weight, eps)
+    check_weights("rms_norm", input, normalized_shape, weight=weight)
+    args = (input, weight, len(normalized_shape), _eps(input, eps))
+    if chosen == "reference":
+        return autograd.in_reference(_RMS_NORM, *args)
+    return _rms_norm_call(chosen, *args)
+
+
+def _eps(input: Tensor, eps: float | None) -> float:
+    if eps is not None:
+        return float(eps)
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return torch.finfo(wide).eps
