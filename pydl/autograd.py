@@ -40,7 +40,7 @@ class Rule:
 
     name: str
     tensors: int
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Any]
     backward: Callable[..., Gradients]
     reference: Callable[..., Tensor]
     saves_output: bool = False
@@ -56,7 +56,7 @@ def wide(tensor: Any) -> Any:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _floating(tensor: Tensor | None) -> bool:
+def _floating(tensor: Any) -> bool:
     return tensor is not None and tensor.is_floating_point()
 
 
@@ -71,7 +71,7 @@ def in_reference(rule: Rule, *args: Any) -> Tensor:
     return out.to(tensors[0].dtype)
 
 
-def derivative(rule: Rule, dy: Tensor, saved: Sequence[Tensor], scalars: tuple) -> Gradients:
+def derivative(rule: Rule, dy: Tensor, saved: Sequence[Any], scalars: tuple) -> Gradients:
     """The gradients as a differentiable function of dy and of what was saved."""
     if rule.derivative is not None:
         return rule.derivative(wide(dy), tuple(wide(t) for t in saved), scalars)
@@ -118,7 +118,7 @@ def make(rule: Rule) -> Callable[..., Tensor]:
             wanted = ctx.needs_input_grad[3 : 3 + len(given)]
             # Aliases: dy may come from x, and what flows back to x through dy is not ours to count.
             with torch.enable_grad():
-                leaves = [
+                leaves: list[Any] = [
                     None if t is None
                     else t.view_as(t) if create and need else t.detach().requires_grad_(need)
                     for t, need in zip(given, wanted, strict=True)
