@@ -48,9 +48,24 @@ KERNELS = {
     ),
     "gated_fwd": ("gated_act", "fwd_kernel", {"ACT": 9, "BLOCK": 1024}),
     "gated_bwd": ("gated_act", "bwd_kernel", {"ACT": 7, "BLOCK": 1024}),
+    "norm_fwd": (
+        "layer_norm",
+        "fwd_kernel",
+        {"CENTRED": True, "WEIGHT": True, "BIAS": True, "ONE": True, "BLOCK": 1024},
+    ),
+    "norm_bwd": (
+        "layer_norm",
+        "bwd_kernel",
+        {"CENTRED": True, "WEIGHT": True, "SUMS": True, "BLOCK": 1024},
+    ),
+    "norm_bwd long": (
+        "layer_norm",
+        "bwd_long_kernel",
+        {"CENTRED": True, "WEIGHT": True, "SUMS": True, "BLOCK": 1024},
+    ),
     "add_partials": ("common", "add_partials_kernel", {"BLOCK": 32}),
 }
-_FLOATS = {"p", "scale"}
+_FLOATS = {"p", "scale", "eps"}
 _COUNTS = {
     "n",
     "rows",
@@ -61,6 +76,7 @@ _COUNTS = {
     "outer_pieces",
     "inner_pieces",
     "limit",
+    "stride",
 }
 
 # Run in a process of its own: the interpreter, which other tests use, replaces the compiler.
@@ -100,7 +116,8 @@ def _signature(module: str, name: str, dtype: str, constants: dict) -> dict[str,
         elif argument in _COUNTS:
             kinds[argument] = "i64" if argument in ("n", "limit") else "i32"
         else:
-            kinds[argument] = {"partials": "*fp64", "seed": "*i64"}.get(argument, f"*{dtype}")
+            fixed = {"partials": "*fp64", "seed": "*i64", "mean": "*fp32", "rstd": "*fp32"}
+            kinds[argument] = fixed.get(argument, f"*{dtype}")
     return kinds
 
 
