@@ -187,6 +187,7 @@ __global__ void __launch_bounds__(kThreads)
     const T *row = x + r * norm.n, *upstream = dy + r * norm.n;
     const A centre = norm.centred ? mean[r] : A(0), scale = rstd[r];
     double sums[2] = {0, 0};
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) {
       A g = to_float(upstream[i]);
       if (weight.data != nullptr) g *= load_weight<A>(weight, i);
@@ -197,6 +198,7 @@ __global__ void __launch_bounds__(kThreads)
     const double mean_g = norm.centred ? sums[0] / static_cast<double>(norm.n) : 0;
     const A c1 = static_cast<A>(mean_g), rest = static_cast<A>(mean_g - c1);
     const A c2 = static_cast<A>(sums[1] / static_cast<double>(norm.n));
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) {
       const A d = to_float(upstream[i]), xhat = (to_float(row[i]) - centre) * scale;
       const A g = weight.data != nullptr ? d * load_weight<A>(weight, i) : d;
@@ -217,10 +219,13 @@ bool with_row(int64_t n, const Body& body) {
     body(row);
     return true;
   };
-  if (fits(Row<T, 32, 1>{}) || fits(Row<T, 32, 2>{}) || fits(Row<T, 32, 4>{})) return true;
+  if (fits(Row<T, 32, 1>{}) || fits(Row<T, 32, 2>{})) return true;
+  if constexpr (!kBackward) {
+    if (fits(Row<T, 32, 4>{})) return true;
+  }
   if (fits(Row<T, 256, 1>{}) || fits(Row<T, 256, 2>{}) || fits(Row<T, 256, 4>{})) return true;
   if constexpr (!kBackward) {
-    return fits(Row<T, 256, 8>{}) || fits(Row<T, 1024, 4>{}) || fits(Row<T, 1024, 8>{});
+    return fits(Row<T, 256, 8>{}) || fits(Row<T, 1024, 4>{});
   }
   return false;
 }
