@@ -3,12 +3,10 @@ for."""
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 
 from bench import options
-from bench.options import Settings, UsageError
+from bench.options import UsageError
 
 DEFAULTS = {
     "ops": "all",
@@ -28,17 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(f"--{name}", default=default, help=f"default: {shown}")
 
 
-@cache
-def _settings(*arguments: str) -> Settings:
-    return options.settings(options.parser().parse_args(arguments))
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One benchmark for every op, shape, dtype, pass and contender."""
     given = {name: metafunc.config.getoption(f"--{name}") for name in DEFAULTS}
     words = [f"--{name}={value}" for name, value in given.items() if value]
     try:
-        settings = _settings(*words, *([] if given["shapes"] else ["--quick"]))
+        quick = [] if given["shapes"] else ["--quick"]
+        settings = options.settings(options.parser().parse_args([*words, *quick]))
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
     found = [

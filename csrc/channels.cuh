@@ -135,6 +135,14 @@ __global__ void __launch_bounds__(kWarp* kWarp)
   }
 }
 
+template <class T>
+inline void add_partials(Stream stream, T* totals, const double* partials, int64_t channels,
+                         int64_t count, int64_t stride) {
+  const auto kernel = &add_partials_kernel<T>;
+  PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>((channels + kWarp - 1) / kWarp)),
+              dim3(kWarp * kWarp), 0, stream, totals, partials, channels, count, stride);
+}
+
 template <class T, class F, int kOut, int kIn, int kPack>
 inline void launch_sums(Stream stream, const F& f, const Pointers<kOut, kIn>& p,
                         const T* parameters, const Pieces& pieces, double* partials) {
@@ -184,11 +192,8 @@ inline void map_and_sum(Stream stream, const char* op, const F& f, const Slow& s
     } else {
       launch_sums<T, Slow, kOut, kIn, 1>(stream, slow, p, parameters, pieces, sums);
     }
-    const auto kernel = &add_partials_kernel<T>;
-    const int64_t blocks = (pieces.channels + kWarp - 1) / kWarp;
-    PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kWarp * kWarp), 0, stream,
-                static_cast<T*>(total.data), sums, pieces.channels, pieces.count(),
-                pieces.channels);
+    add_partials(stream, static_cast<T*>(total.data), sums, pieces.channels, pieces.count(),
+                 pieces.channels);
   });
 }
 

@@ -106,6 +106,17 @@ __attribute__((noinline)) void sum_rows(const F& f, T* const (&out)[kOut],
   }
 }
 
+// partials: `count` rows, `stride` apart, which are added in order.
+template <class T>
+inline void add_partials(T* totals, const double* partials, int64_t channels, int64_t count,
+                         int64_t stride) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t piece = 0; piece < count; ++piece) sum += partials[piece * stride + c];
+    totals[c] = from_float<T>(static_cast<acc_t<T>>(sum));
+  }
+}
+
 // outs, ins: (outer, channels, inner) and dense. parameter, total: (channels). partials: (pieces,
 // channels), fp64.
 template <class F, int kOut, int kIn>
@@ -133,12 +144,8 @@ inline void map_and_sum(const char* op, const F& f, const Out (&outs)[kOut], con
         }
       }
     });
-    for (int64_t c = 0; c < pieces.channels; ++c) {
-      double sum = 0;
-      for (int64_t piece = 0; piece < pieces.count(); ++piece)
-        sum += sums[piece * pieces.channels + c];
-      static_cast<T*>(total.data)[c] = from_float<T>(static_cast<acc_t<T>>(sum));
-    }
+    add_partials(static_cast<T*>(total.data), sums, pieces.channels, pieces.count(),
+                 pieces.channels);
   });
 }
 

@@ -296,9 +296,7 @@ void add_pieces(Stream stream, const Out& total, const Out& partials, int64_t wh
   const double* from = static_cast<const double*>(partials.data) + which * n;
   dispatch_float("layer_norm", total.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = &add_partials_kernel<T>;
-    PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>((n + kWarp - 1) / kWarp)), dim3(kWarp * kWarp),
-                0, stream, static_cast<T*>(total.data), from, n, pieces, 2 * n);
+    add_partials(stream, static_cast<T*>(total.data), from, n, pieces, 2 * n);
   });
 }
 

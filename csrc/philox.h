@@ -74,11 +74,7 @@ inline __attribute__((noinline)) V keep(const Dropout& dropout, int64_t index) {
     }
     factors[j] = pick(words, i) < dropout.threshold ? A(0) : static_cast<A>(dropout.scale);
   }
-  if constexpr (std::is_same_v<V, vlow>) {
-    return {load(factors)};
-  } else {
-    return load(factors);
-  }
+  return load_as<V>(factors);
 }
 #endif
 

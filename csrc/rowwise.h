@@ -4,8 +4,7 @@
 
 #include <cstdlib>
 
-#include "elementwise.h"
-#include "pieces.h"
+#include "channels.h"
 #include "rows.h"
 
 namespace pydl {
@@ -14,15 +13,7 @@ inline namespace PYDL_ISA {
 constexpr int64_t kPad = kVectorBytes / 4;  // what the last register may read or write past a row
 constexpr int64_t kRowTile = 64;            // rows whose gradients are summed in fp32 at most
 
-// A register of a formula's type from numbers of its accumulation type, and back.
-template <class V, class A>
-PYDL_HD V load_as(const A* p) {
-  if constexpr (std::is_same_v<V, vlow>) {
-    return {load(p)};
-  } else {
-    return load(p);
-  }
-}
+// A register of a formula's type to numbers of its accumulation type.
 PYDL_HD void store_as(float* p, vfloat x) { store(p, x); }
 PYDL_HD void store_as(float* p, vlow x) { store(p, x.v); }
 PYDL_HD void store_as(double* p, double x) { *p = x; }
@@ -73,8 +64,8 @@ struct Moments {
   double variance;
 };
 
-// Calls body(i, count) for the registers of n elements; what `body` adds to its four sums goes to
-// fp64 every so often.
+// Calls body(k, i, count), k in turn from 0 to 3, for the registers of n elements; what `body` adds
+// to its four sums goes to fp64 every so often.
 template <class T, class Body, class Flush>
 PYDL_HD void over_row(int64_t n, const Body& body, const Flush& flush) {
   constexpr int64_t kWidth = Lanes<T>::count, kChunk = 256 * kWidth;
@@ -190,12 +181,7 @@ inline void add_pieces(const char* op, const View& out, const View& partials, in
   const double* from = static_cast<const double*>(partials.data) + which * n;
   dispatch_float(op, out.dtype, [&](auto zero) {
     using T = decltype(zero);
-    T* to = static_cast<T*>(out.data);
-    for (int64_t i = 0; i < n; ++i) {
-      double total = 0;
-      for (int64_t piece = 0; piece < pieces; ++piece) total += from[piece * 2 * n + i];
-      to[i] = from_float<T>(static_cast<acc_t<T>>(total));
-    }
+    add_partials(static_cast<T*>(out.data), from, n, pieces, 2 * n);
   });
 }
 

@@ -115,9 +115,8 @@ PYDL_HD vuint round_upper(vlow x) {
   return (vuint)(x.v != x.v ? (vint)(bits | 0x400000u) : (vint)rounded);
 #endif
 }
-PYDL_HD void store(bfloat16* p, vlow x) {
-  *reinterpret_cast<vshort_any*>(p) = narrow(round_upper(x) >> 16);
-}
+PYDL_HD vshort round_to(const bfloat16*, vlow x) { return narrow(round_upper(x) >> 16); }
+PYDL_HD void store(bfloat16* p, vlow x) { *reinterpret_cast<vshort_any*>(p) = round_to(p, x); }
 
 // A register of bf16 as two of floats, those at even places and those at odd ones, and back: fewer
 // instructions than keeping the order.
@@ -157,8 +156,17 @@ PYDL_HD vshort round_f16(vfloat x) {
 }
 PYDL_HD void store(float16* p, vfloat x) { *reinterpret_cast<vshort_any*>(p) = round_f16(x); }
 
-PYDL_HD vshort round_to(const bfloat16*, vlow x) { return narrow(round_upper(x) >> 16); }
 PYDL_HD vshort round_to(const float16*, vfloat x) { return round_f16(x); }
+
+// A register of a formula's type from numbers of its accumulation type.
+template <class V, class A>
+PYDL_HD V load_as(const A* p) {
+  if constexpr (std::is_same_v<V, vlow>) {
+    return {load(p)};
+  } else {
+    return load(p);
+  }
+}
 
 // Stores past the cache; p is aligned to 64 bytes. Two registers of a 16-bit type share a store.
 #if defined(__x86_64__)

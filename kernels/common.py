@@ -190,10 +190,10 @@ def add_partials_kernel(total, partials, channels, pieces, stride, BLOCK: tl.con
 
 
 def add_partials(total: Tensor, partials: Tensor) -> None:
-    """total: (channels); partials: (pieces, channels), fp64."""
+    """total: (channels); partials: (pieces, channels), fp64, dense or a slice of rows."""
     pieces, channels = partials.shape
     add_partials_kernel[(triton.cdiv(channels, 32),)](
-        total, partials, channels, pieces, channels, BLOCK=32, num_warps=1
+        total, partials, channels, pieces, partials.stride(0), BLOCK=32, num_warps=1
     )
 
 

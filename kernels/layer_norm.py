@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import triton
 import triton.language as tl
-from pydl.kernels.common import add_partials_kernel, rounded
+from pydl.kernels.common import add_partials, rounded
 from torch import Tensor
 
 # Longer rows are read block by block, three times.
@@ -188,9 +188,7 @@ def _backward(
         )  # fmt: skip
     for which, total in enumerate((dweight, dbias)):
         if total is not None and total.numel():
-            add_partials_kernel[(triton.cdiv(n, 32),)](
-                total, partials[:, which], n, pieces, 2 * n, BLOCK=32, num_warps=1
-            )
+            add_partials(total, partials[:, which])
 
 
 def _layer_norm_fwd(

@@ -23,8 +23,8 @@ from pydl.ops.activation import (
     swish,
     tanh,
 )
-from pydl.ops.samples import BENCH_SHAPES, bytes_of, inputs
-from pydl.table import Case, Cost, Make, Op, register
+from pydl.ops.samples import BENCH_SHAPES, inputs, one_pass
+from pydl.table import Case, Make, Op, register
 
 
 def _samples(*variants: tuple[Any, ...]) -> Callable[[Make], Iterable[Case]]:
@@ -55,10 +55,6 @@ def _learnt_samples(scalars: tuple[Any, ...] = ()) -> Callable[[Make], Iterable[
     return draw
 
 
-def _cost(case: Case) -> Cost:
-    return Cost(2 * bytes_of(case.args[0]), 3 * bytes_of(case.args[0]))
-
-
 def _row(
     function: Callable[..., Tensor],
     reference: Callable[..., Tensor],
@@ -80,7 +76,7 @@ def _row(
             samples=samples,
             bench=bench,
             bench_shapes=BENCH_SHAPES,
-            cost=_cost,
+            cost=one_pass,
             autocast=autocast,
         )
     )

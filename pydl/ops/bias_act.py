@@ -15,8 +15,8 @@ from pydl.backends import FLOATS, choose, empty_like, kernel
 from pydl.ops import definitions
 from pydl.ops.channels import Channels, sums
 from pydl.ops.philox import draw_seed, dropout_factors
-from pydl.ops.samples import bytes_of
-from pydl.table import Case, Cost, Make, Op, register
+from pydl.ops.samples import one_pass
+from pydl.table import LAYOUTS, Case, Make, Op, register
 
 # name -> (number in csrc/math.h, default parameter, definition, native)
 ACTIVATIONS: dict[str, tuple[int, float, Any, Any]] = {
@@ -216,7 +216,7 @@ def _samples(make: Make) -> Iterator[Case]:
     for name in ACTIVATIONS:
         yield Case(f"{name} 33x65", (make(33, 65), make(65), name))
     yield Case("swish 2.5", (make(9, 70), make(70), "swish"), {"act_param": 2.5})
-    for layout in ("transposed", "channels_last", "sliced", "expanded", "offset"):
+    for layout in LAYOUTS[1:]:
         yield Case(f"{layout}, channels", (make(2, 6, 5, 9, layout=layout), make(6)), {"dim": 1})
         yield Case(f"{layout}, rows", (make(37, 131, layout=layout), make(131), "silu"))
     yield Case("empty", (make(0, 8), make(8)))
@@ -244,7 +244,7 @@ register(
             "x".join(map(str, shape)), (make(*shape), make(shape[-1]), "gelu")
         ),
         bench_shapes=((4096, 4096), (4096, 1024), (64, 1024)),
-        cost=lambda case: Cost(2 * bytes_of(case.args[0]), 3 * bytes_of(case.args[0])),
+        cost=one_pass,
         autocast="lower",
     )
 )

@@ -40,10 +40,14 @@ def _flat(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.reshape(-1).contiguous()
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """What the kernels compute in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _scale(x2: Tensor) -> Tensor:
     """Where the kernels put a number a row."""
-    dtype = torch.float64 if x2.dtype == torch.float64 else torch.float32
-    return torch.empty(x2.shape[0], dtype=dtype, device=x2.device)
+    return torch.empty(x2.shape[0], dtype=_wide(x2), device=x2.device)
 
 
 def _sums(x2: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
@@ -240,5 +244,4 @@ def rms_norm(
 def _eps(input: Tensor, eps: float | None) -> float:
     if eps is not None:
         return float(eps)
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return torch.finfo(wide).eps
+    return torch.finfo(_wide(input)).eps

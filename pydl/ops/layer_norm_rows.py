@@ -16,8 +16,8 @@ from pydl.ops.layer_norm import (
     rms_norm,
     rms_norm_definition,
 )
-from pydl.ops.samples import bytes_of
-from pydl.table import Case, Cost, Make, Op, register
+from pydl.ops.samples import one_pass
+from pydl.table import LAYOUTS, Case, Make, Op, register
 
 
 def _inputs(make: Make) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
@@ -26,7 +26,7 @@ def _inputs(make: Make) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
         yield f"{rows}x{n}", make(rows, n), (n,)
     yield "4x3x5x6 over 2", make(4, 3, 5, 6), (5, 6)
     yield "over all", make(3, 5), (3, 5)
-    for layout in ("transposed", "channels_last", "sliced", "expanded", "offset"):
+    for layout in LAYOUTS[1:]:
         yield f"{layout} 2x6x5x9", make(2, 6, 5, 9, layout=layout), (9,)
         yield f"{layout} 37x136", make(37, 136, layout=layout), (136,)
     yield "no rows", make(0, 8), (8,)
@@ -74,17 +74,6 @@ def _rms_norm_definition(
     )
 
 
-def _native_rms(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    eps = torch.finfo(torch.float32).eps if eps is None else eps
-    return F.rms_norm(x, list(shape), weight, eps)
-
-
-def _cost(case: Case) -> Cost:
-    return Cost(2 * bytes_of(case.args[0]), 3 * bytes_of(case.args[0]))
-
-
 def _bench(biased: bool) -> Any:
     def draw(make: Make, shape: tuple[int, ...]) -> Case:
         # A row has an element at least.
@@ -106,7 +95,7 @@ register(
         samples=_samples(True),
         bench=_bench(True),
         bench_shapes=_SHAPES,
-        cost=_cost,
+        cost=one_pass,
     )
 )
 register(
@@ -119,6 +108,6 @@ register(
         samples=_samples(False),
         bench=_bench(False),
         bench_shapes=_SHAPES,
-        cost=_cost,
+        cost=one_pass,
     )
 )

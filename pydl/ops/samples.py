@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from pydl.table import LAYOUTS, Make
+from pydl.table import LAYOUTS, Case, Cost, Make
 
 BENCH_SHAPES = ((4096, 4096), (4096, 1024), (64, 1024), (1024,))
 
@@ -30,3 +30,8 @@ def inputs(make: Make) -> Iterator[tuple[str, Tensor]]:
 def bytes_of(*tensors: Tensor) -> int:
     """Bytes that reading or writing these once moves."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def one_pass(case: Case) -> Cost:
+    """Forward reads the first tensor and writes one like it; backward reads two and writes one."""
+    return Cost(2 * bytes_of(case.args[0]), 3 * bytes_of(case.args[0]))
