@@ -26,27 +26,31 @@ class Rule:
     Attributes:
         name: The op.
         tensors: How many tensors, None allowed, come first among the arguments; scalars follow.
-        forward: `(backend, *tensors, *scalars) -> Tensor`, by kernels; with `extras` a tuple of the
-            output and of so many more tensors, which backward gets after the saved ones.
+        forward: `(backend, *tensors, *scalars) -> Tensor`, by kernels; a tuple of `outputs` and of
+            `extras` where there is more than one.
         backward: `(backend, dy, saved, scalars, needs) -> a gradient per tensor`, by kernels. Never
-            writes `saved`; may return None where `needs` is false.
-        reference: `(*tensors, *scalars) -> Tensor` in plain PyTorch.
-        saves_output: Backward needs the output only; else it gets the tensors.
+            writes `saved`; may return None where `needs` is false. With several outputs `dy` is a
+            tuple, with None for an output that nothing flows back from.
+        reference: `(*tensors, *scalars) -> Tensor`, or a tuple of `outputs`, in plain PyTorch.
+        saves: `(tensors, outputs) -> what backward gets as saved`, the extras after it; None for
+            the tensors.
         derivative: `(dy, saved, scalars) -> a gradient per tensor` in plain differentiable PyTorch;
-            needed where the output is saved, else derived from `reference`.
+            needed where `saves` is, else derived from `reference`.
         pointwise: All tensors have the output's shape and elements do not meet.
-        extras: How many tensors come along with the output for backward, not differentiable.
+        extras: How many tensors come along with the outputs for backward, not differentiable.
+        outputs: How many differentiable outputs there are.
     """
 
     name: str
     tensors: int
     forward: Callable[..., Any]
     backward: Callable[..., Gradients]
-    reference: Callable[..., Tensor]
-    saves_output: bool = False
+    reference: Callable[..., Any]
+    saves: Callable[[tuple, tuple], tuple] | None = None
     derivative: Callable[..., Gradients] | None = None
     pointwise: bool = False
     extras: int = 0
+    outputs: int = 1
 
 
 def wide(tensor: Any) -> Any:
@@ -60,7 +64,7 @@ def _floating(tensor: Any) -> bool:
     return tensor is not None and tensor.is_floating_point()
 
 
-def in_reference(rule: Rule, *args: Any) -> Tensor:
+def in_reference(rule: Rule, *args: Any) -> Any:
     """The plain definition, computed in fp32 at least and rounded once."""
     tensors = args[: rule.tensors]
     if rule.pointwise and tensors[0].dim() == 0:
@@ -68,13 +72,16 @@ def in_reference(rule: Rule, *args: Any) -> Tensor:
         lines = (t.reshape(1) for t in tensors)
         return in_reference(rule, *lines, *args[rule.tensors :]).reshape(())
     out = rule.reference(*(wide(t) for t in tensors), *args[rule.tensors :])
+    if rule.outputs > 1:
+        return tuple(one.to(tensors[0].dtype) for one in out)
     return out.to(tensors[0].dtype)
 
 
-def derivative(rule: Rule, dy: Tensor, saved: Sequence[Any], scalars: tuple) -> Gradients:
+def derivative(rule: Rule, dy: Any, saved: Sequence[Any], scalars: tuple) -> Gradients:
     """The gradients as a differentiable function of dy and of what was saved."""
     if rule.derivative is not None:
-        return rule.derivative(wide(dy), tuple(wide(t) for t in saved), scalars)
+        given = wide(dy) if rule.outputs == 1 else tuple(wide(d) for d in dy)
+        return rule.derivative(given, tuple(wide(t) for t in saved), scalars)
     leaves = [
         t if not _floating(t) or t.requires_grad else t.detach().requires_grad_()
         for t in saved[: rule.tensors]
@@ -93,22 +100,35 @@ def special() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def make(rule: Rule) -> Callable[..., Tensor]:
-    """Returns `call(backend, *tensors, *scalars)`, differentiable."""
-    n = rule.tensors
+def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
+    """Returns `call(backend, *tensors, *scalars)`, differentiable.
+
+    With `whole` it returns the extras too, or None for each where the definition computed.
+    """
+    n, outputs = rule.tensors, rule.outputs
+
+    def kernels(backend: str, dys: Sequence[Any], saved: Any, scalars: Any, needs: Any) -> Any:
+        given = dys[0] if outputs == 1 else tuple(dys)
+        return rule.backward(backend, given, saved, scalars, needs)
+
+    def shown(out: Any) -> Any:
+        if whole or not rule.extras:
+            return out
+        return out[0] if outputs == 1 else out[:outputs]
 
     class Backward(Function):
         """The backward pass as an op of its own, so that it can be differentiated again."""
 
         @staticmethod
         def forward(backend, needs, count, *args):
-            return rule.backward(backend, args[0], args[1 : 1 + count], args[1 + count :], needs)
+            end = outputs + count
+            return kernels(backend, args[:outputs], args[outputs:end], args[end:], needs)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            count = inputs[2]
-            ctx.save_for_backward(*inputs[3 : 4 + count])
-            ctx.scalars = inputs[4 + count :]
+            end = 3 + outputs + inputs[2]
+            ctx.save_for_backward(*inputs[3:end])
+            ctx.scalars = inputs[end:]
             ctx.set_materialize_grads(False)
 
         @staticmethod
@@ -123,7 +143,8 @@ def make(rule: Rule) -> Callable[..., Tensor]:
                     else t.view_as(t) if create and need else t.detach().requires_grad_(need)
                     for t, need in zip(given, wanted, strict=True)
                 ]  # fmt: skip
-                first = derivative(rule, leaves[0], leaves[1:], ctx.scalars)
+                dy = leaves[0] if outputs == 1 else tuple(leaves[:outputs])
+                first = derivative(rule, dy, leaves[outputs:], ctx.scalars)
                 pairs = [
                     (d, g)
                     for d, g in zip(first, second, strict=True)
@@ -153,20 +174,22 @@ def make(rule: Rule) -> Callable[..., Tensor]:
         def setup_context(ctx, inputs, output):
             ctx.backend = inputs[0]
             ctx.scalars = inputs[1 + n :]
-            if rule.extras:
-                extras = output[1:]
+            several = output if isinstance(output, tuple) else (output,)
+            given, made, extras = inputs[1 : 1 + n], several[:outputs], several[outputs:]
+            if extras:
                 ctx.mark_non_differentiable(*extras)
-                ctx.save_for_backward(*inputs[1 : 1 + n], *extras)
-            else:
-                ctx.save_for_backward(*((output,) if rule.saves_output else inputs[1 : 1 + n]))
+            ctx.save_for_backward(*(rule.saves(given, made) if rule.saves else given), *extras)
+            if outputs > 1:
+                ctx.set_materialize_grads(False)
 
         @staticmethod
-        def backward(ctx, dy, *of_extras):
+        def backward(ctx, *dys):
             saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n]
+            dys = dys[:outputs]
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                grads = Backward.apply(ctx.backend, needs, len(saved), dy, *saved, *ctx.scalars)
+                grads = Backward.apply(ctx.backend, needs, len(saved), *dys, *saved, *ctx.scalars)
             else:
-                grads = rule.backward(ctx.backend, dy, saved, ctx.scalars, needs)
+                grads = kernels(ctx.backend, dys, saved, ctx.scalars, needs)
             return (None, *grads, *(None for _ in ctx.scalars))
 
     Forward.__name__ = Forward.__qualname__ = "".join(part.title() for part in rule.name.split("_"))
@@ -175,16 +198,17 @@ def make(rule: Rule) -> Callable[..., Tensor]:
     # outside of functorch its base does all that is needed.
     plain_apply = super(Function, Forward).apply
 
-    def call(backend: str, *args: Any) -> Tensor:
+    def call(backend: str, *args: Any) -> Any:
         traced = torch.compiler.is_compiling()
         if not traced and special():
-            return in_reference(rule, *args)
+            out = in_reference(rule, *args)
+            if not whole:
+                return out
+            return (*(out if outputs > 1 else (out,)), *(None for _ in range(rule.extras)))
         if torch.is_grad_enabled():
             for tensor in args[:n]:
                 if tensor is not None and tensor.requires_grad:
-                    out = (Forward.apply if traced else plain_apply)(backend, *args)
-                    return out[0] if rule.extras else out
-        out = rule.forward(backend, *args)
-        return out[0] if rule.extras else out
+                    return shown((Forward.apply if traced else plain_apply)(backend, *args))
+        return shown(rule.forward(backend, *args))
 
     return call

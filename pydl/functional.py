@@ -14,15 +14,20 @@ from pydl.ops.activation import (
     swish,
     tanh,
 )
+from pydl.ops.batch_norm import batch_norm, batch_norm_act, group_norm, instance_norm
 from pydl.ops.bias_act import bias_act
 from pydl.ops.gated_act import gated_act
 from pydl.ops.layer_norm import layer_norm, rms_norm
 
 __all__ = [
+    "batch_norm",
+    "batch_norm_act",
     "bias_act",
     "elu",
     "gated_act",
     "gelu",
+    "group_norm",
+    "instance_norm",
     "layer_norm",
     "leaky_relu",
     "mish",

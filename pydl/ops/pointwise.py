@@ -27,7 +27,9 @@ class Unary:
 
 
 def unary(name: str, reference: Callable[..., Tensor], derivative: Callable | None = None) -> Unary:
-    fwd, bwd, saves_output = f"{name}_fwd", f"{name}_bwd", derivative is not None
+    fwd, bwd = f"{name}_fwd", f"{name}_bwd"
+    # With a derivative of its own an activation saves its output, else x.
+    saves = None if derivative is None else lambda tensors, outputs: outputs
 
     def forward(backend: str, x: Tensor, *scalars: float) -> Tensor:
         y = empty_like(x)
@@ -39,7 +41,7 @@ def unary(name: str, reference: Callable[..., Tensor], derivative: Callable | No
         kernel(backend, bwd)(dx, dy, saved[0], *scalars)
         return (dx,)
 
-    rule = Rule(name, 1, forward, backward, reference, saves_output, derivative, pointwise=True)
+    rule = Rule(name, 1, forward, backward, reference, saves, derivative, pointwise=True)
     call = autograd.make(rule)
 
     class Inplace(torch.autograd.Function):
@@ -79,7 +81,7 @@ def unary(name: str, reference: Callable[..., Tensor], derivative: Callable | No
             kernel(backend, fwd)(x, x, *scalars)
             torch.autograd.graph.increment_version(x)
             return x
-        if saves_output:
+        if saves:
             return Inplace.apply(backend, x, *scalars)
         return x.copy_(call(backend, x.clone(), *scalars))
 

@@ -1,0 +1,323 @@
+"""batch_norm, instance_norm and group_norm, and their forms with an activation and a residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pydl import autograd
+from pydl.backends import FLOATS, choose
+from pydl.ops import bias_act
+from pydl.ops.channel_norm import RULE, call
+
+
+def _check(op: str, input: Tensor, residual: Tensor | None = None, **of_channels: Any) -> None:
+    """Raises for what no kernel takes."""
+    if input.dim() < 2:
+        raise RuntimeError(
+            f"pydl: {op}: input has shape {tuple(input.shape)}, wants (N, C) or more dimensions"
+        )
+    half = input.dtype in FLOATS[1:3]
+    for name, given in of_channels.items():
+        if given is None:
+            continue
+        if given.device != input.device:
+            raise RuntimeError(
+                f"pydl: {op}: {name} is on {given.device}, wants the input's device, {input.device}"
+            )
+        if tuple(given.shape) != (input.shape[1],):
+            raise RuntimeError(
+                f"pydl: {op}: {name} has shape {tuple(given.shape)}, wants a value for each of "
+                f"{input.shape[1]} channels"
+            )
+        if given.dtype != input.dtype and not (half and given.dtype == torch.float32):
+            raise RuntimeError(
+                f"pydl: {op}: {name} has dtype {given.dtype}, wants the input's, {input.dtype}, "
+                "or float32 with an input of 16 bits"
+            )
+    if residual is not None and (
+        residual.shape != input.shape
+        or residual.dtype != input.dtype
+        or residual.device != input.device
+    ):
+        raise RuntimeError(
+            f"pydl: {op}: residual is {residual.dtype} {tuple(residual.shape)} on "
+            f"{residual.device}, wants the input's {input.dtype} {tuple(input.shape)} on "
+            f"{input.device}"
+        )
+
+
+def update(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor,
+    momentum: float, count: Any,
+) -> None:  # fmt: skip
+    """Moves the running estimates; the variance's is unbiased: `var count / (count - 1)`."""
+    with torch.no_grad():
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        if running_var is not None:
+            unbiased = var * (count / (count - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+
+
+def _finish(y: Tensor, act: str, act_param: float | None, residual: Tensor | None) -> Tensor:
+    """What follows the normalisation, by torch."""
+    y = y if residual is None else y + residual
+    return bias_act.native(*bias_act.named("batch_norm_act", act, act_param))(y)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Batch normalisation, `(x - mean) / sqrt(var + eps) * weight + bias` for each channel.
+
+    In training the moments are the batch's, and the running estimates move towards them by
+    `momentum`: the mean, and the unbiased variance. Else the moments are the running estimates.
+
+    Args:
+        input: (N, C, *), any strides and floating dtype.
+        running_mean: (C), changed in training; may be None in training.
+        running_var: Likewise.
+        weight: (C), in the input's dtype, or fp32 with an input of 16 bits.
+        bias: Likewise.
+        training: Whose moments.
+        momentum: How far the running estimates move, 0 to 1.
+        eps: Added to the (biased) variance.
+        backend: Who computes; see `pydl.backends`.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format. Saves the input, and three numbers a
+        channel.
+
+    Raises:
+        ValueError: training with one value a channel.
+        RuntimeError: shapes or dtypes do not fit.
+
+    Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
+    """
+    chosen = choose("batch_norm", backend, input)
+    if chosen == "torch":
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    stats = (running_mean, running_var, training, momentum, eps)
+    return _batch("batch_norm", chosen, input, weight, bias, None, stats, "identity", None)
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: str = "relu",
+    residual: Tensor | None = None,
+    act_param: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Batch normalisation, residual and activation in one pass, `act(batch_norm(x) + residual)`.
+
+    Args:
+        input: (N, C, *); this and the other arguments of `batch_norm` as there.
+        running_mean: See `batch_norm`.
+        running_var: See `batch_norm`.
+        weight: See `batch_norm`.
+        bias: See `batch_norm`.
+        training: See `batch_norm`.
+        momentum: See `batch_norm`.
+        eps: See `batch_norm`.
+        act: identity, sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, swish or
+            mish.
+        residual: Of the input's shape and dtype, added before the activation.
+        act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their
+            defaults.
+        backend: Who computes; see `pydl.backends`.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format. Saves the input, the residual, and
+        three numbers a channel; what the activation was applied to is computed again.
+
+    Raises:
+        ValueError: training with one value a channel; there is no such activation.
+        RuntimeError: shapes or dtypes do not fit.
+    """
+    chosen = choose("batch_norm_act", backend, input, *(() if residual is None else (residual,)))
+    if chosen == "torch":
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _finish(y, act, act_param, residual)
+    stats = (running_mean, running_var, training, momentum, eps)
+    return _batch("batch_norm_act", chosen, input, weight, bias, residual, stats, act, act_param)
+
+
+def _batch(
+    op: str, chosen: str, input: Tensor, weight: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, stats: tuple, act: str, act_param: float | None,
+) -> Tensor:  # fmt: skip
+    running_mean, running_var, training, momentum, eps = stats
+    number, parameter = bias_act.named(op, act, act_param)
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _check(op, input, residual, weight=weight, bias=bias, **running)
+    if not training and (running_mean is None or running_var is None):
+        raise RuntimeError(
+            f"pydl: {op}: running_mean and running_var are missing, wants both without training"
+        )
+    count = input.numel() // max(1, input.shape[1])
+    if training and count == 1:
+        raise ValueError(
+            f"pydl: {op}: Expected more than 1 value per channel when training, got input size "
+            f"{input.size()}"
+        )
+    moments = (None, None) if training else (running_mean, running_var)
+    args = (input, weight, bias, residual, *moments, 0, float(eps), number, parameter)
+    if chosen == "reference":
+        y, mean, var = autograd.in_reference(RULE, *args), None, None
+    else:
+        y, mean, _, var = call(chosen, *args)
+    if training and count and (running_mean is not None or running_var is not None):
+        if mean is None:
+            over = [d for d in range(input.dim()) if d != 1]
+            var, mean = torch.var_mean(autograd.wide(input.detach()), over, correction=0)
+        update(running_mean, running_var, mean.reshape(-1), var.reshape(-1), momentum, count)
+    return y
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Instance normalisation, `(x - mean) / sqrt(var + eps) * weight + bias` for each sample and
+    channel.
+
+    Args:
+        input: (N, C, *), any strides and floating dtype.
+        running_mean: (C); where it is given with `use_input_stats` it moves towards the mean of the
+            samples' moments by `momentum`.
+        running_var: Likewise, from the unbiased variances.
+        weight: (C), in the input's dtype, or fp32 with an input of 16 bits.
+        bias: Likewise.
+        use_input_stats: Whose moments: the samples', or the running estimates.
+        momentum: How far the running estimates move, 0 to 1.
+        eps: Added to the (biased) variance.
+        backend: Who computes; see `pydl.backends`.
+
+    Returns:
+        A tensor of the input's shape and dtype, contiguous. Saves the input, and three numbers a
+        sample and channel.
+
+    Raises:
+        ValueError: one value a sample and channel.
+        RuntimeError: shapes or dtypes do not fit.
+
+    Source: Ulyanov et al. 2016, arXiv 1607.08022.
+    """
+    chosen = choose("instance_norm", backend, input)
+    if chosen == "torch":
+        return F.instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _check("instance_norm", input, weight=weight, bias=bias, **running)
+    channels = input.shape[1]
+    count = input.numel() // max(1, input.shape[0] * channels)
+    if use_input_stats and count == 1:
+        raise ValueError(
+            "pydl: instance_norm: Expected more than 1 spatial element when training, got input "
+            f"size {input.size()}"
+        )
+    if not use_input_stats and (running_mean is None or running_var is None):
+        raise RuntimeError(
+            "pydl: instance_norm: running_mean and running_var are missing, wants both without "
+            "use_input_stats"
+        )
+    moments = (None, None) if use_input_stats else (running_mean, running_var)
+    groups = channels if use_input_stats else 0
+    args = (input.contiguous(), weight, bias, None, *moments, groups, float(eps), 0, 0.0)
+    if chosen == "reference":
+        y, mean, var = autograd.in_reference(RULE, *args), None, None
+    else:
+        y, mean, _, var = call(chosen, *args)
+    if use_input_stats and y.numel() and (running_mean is not None or running_var is not None):
+        if mean is None:
+            over = list(range(2, input.dim()))
+            var, mean = torch.var_mean(autograd.wide(input.detach()), over, correction=0)
+        update(running_mean, running_var, mean.mean(0), var.mean(0), momentum, count)
+    return y
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    act: str = "identity",
+    act_param: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Group normalisation, `(x - mean) / sqrt(var + eps) * weight + bias` for each sample and group
+    of channels, and an activation in the same pass where one is asked for.
+
+    Args:
+        input: (N, C, *), any strides and floating dtype.
+        num_groups: Into how many groups the channels are cut; divides C.
+        weight: (C), in the input's dtype, or fp32 with an input of 16 bits.
+        bias: Likewise.
+        eps: Added to the (biased) variance.
+        act: What follows; see `batch_norm_act`.
+        act_param: See `batch_norm_act`.
+        backend: Who computes; see `pydl.backends`.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format. Saves the input, and three numbers a
+        sample and group.
+
+    Raises:
+        ValueError: one value a sample and group; there is no such activation.
+        RuntimeError: shapes or dtypes do not fit.
+
+    Source: Wu and He 2018, arXiv 1803.08494.
+    """
+    if input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype in FLOATS[1:3]:
+        input = input.float()
+    chosen = choose("group_norm", backend, input)
+    if chosen == "torch":
+        return _finish(F.group_norm(input, num_groups, weight, bias, eps), act, act_param, None)
+    number, parameter = bias_act.named("group_norm", act, act_param)
+    _check("group_norm", input, weight=weight, bias=bias)
+    channels = input.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise RuntimeError(
+            f"pydl: group_norm: num_groups is {num_groups}, wants a divisor of {channels} channels"
+        )
+    if input.numel() == num_groups:
+        raise ValueError(
+            "pydl: group_norm: Expected more than 1 value per channel when training, got input "
+            f"size {input.size()}"
+        )
+    args = (input, weight, bias, None, None, None, num_groups, float(eps), number, parameter)
+    if chosen == "reference":
+        return autograd.in_reference(RULE, *args)
+    return call(chosen, *args)[0]

@@ -1,0 +1,194 @@
+"""What batch_norm, instance_norm and group_norm have in common: channels are normalised, with an
+activation and a residual in the same pass.
+
+All are one computation on (samples, outer, channels, inner): moments over outer, inner and the
+channels of a group, one group a channel for batch_norm, where all are one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydl import autograd
+from pydl.autograd import Rule
+from pydl.backends import empty_like, kernel
+from pydl.ops.bias_act import definition as act_definition
+
+
+class Settings(NamedTuple):
+    """What is no tensor. `groups` is 0 for one sample of all and a group a channel."""
+
+    groups: int
+    eps: float
+    act: int
+    parameter: float
+
+
+def definition(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    mean: Tensor | None, var: Tensor | None, groups: int, eps: float, act: int, parameter: float,
+) -> Tensor:  # fmt: skip
+    """act((x - mean) / sqrt(var + eps) weight + bias + residual); the moments given, or x's."""
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    if mean is not None and var is not None:
+        y = (x - mean.view(shape)) * torch.rsqrt(var.view(shape) + eps)
+    else:
+        grouped = x.reshape(x.shape[0], groups, -1) if groups else x
+        over = [d for d in range(grouped.dim()) if d != 1 and not (groups and d == 0)]
+        d = grouped - grouped.mean(over, keepdim=True)
+        y = (d * torch.rsqrt((d * d).mean(over, keepdim=True) + eps)).view_as(x)
+    y = y if weight is None else y * weight.view(shape)
+    y = y if bias is None else y + bias.view(shape)
+    return act_definition(act, parameter)(y if residual is None else y + residual)
+
+
+class Folded:
+    """How a tensor of `like`'s shape folds to (samples, outer, channels, inner), dense, and back.
+
+    Args:
+        like: Decides the order in memory: channels last where it is so, else the logical one.
+        groups: As in `Settings`.
+    """
+
+    def __init__(self, like: Tensor, groups: int) -> None:
+        self._dims = like.dim()
+        self._last = channels_last(like)
+        n, c, inner = like.shape[0], like.shape[1], prod(like.shape[2:])
+        samples = n if groups else 1
+        if self._last:
+            self.shape = (samples, n // max(1, samples) * inner, c, 1)
+        else:
+            self.shape = (samples, n // max(1, samples), c, inner)
+        self._order = (0, *range(2, self._dims), 1)
+        self._moved = [like.shape[d] for d in (self._order if self._last else range(self._dims))]
+        self._back = (0, self._dims - 1, *range(1, self._dims - 1))
+
+    def fold(self, tensor: Tensor | None) -> Tensor | None:
+        """A view where the memory is in order."""
+        if tensor is None:
+            return None
+        return (tensor.permute(self._order) if self._last else tensor).contiguous().view(self.shape)
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """The view of a folded tensor in the original shape."""
+        moved = tensor.view(self._moved)
+        return moved.permute(self._back) if self._last else moved
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether a tensor of four or five dimensions has its channels innermost."""
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return False
+    form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.is_contiguous(memory_format=form)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What the kernels compute in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def pieces_of(folded: Tensor) -> int:
+    """Into how many pieces the elements of a channel are cut; depends on sizes only, so that the
+    same bits come out each time."""
+    samples, outer, channels, inner = folded.shape
+    each = outer * inner
+    if folded.is_cuda:
+        blocks = samples * (channels if inner > 1 else -(-channels // 128))
+        return max(1, min(1056 // max(1, blocks), each // (1024 if inner > 1 else 64)))
+    return max(1, min(32, each * channels // 16384, each // 16))
+
+
+def scratch(folded: Tensor, groups: int, pieces: int) -> Tensor:
+    """fp64 memory for two sums a piece and channel, two a channel and two a group."""
+    samples, _, channels, _ = folded.shape
+    count = 2 * samples * ((pieces + 1) * channels + groups)
+    return torch.empty(count, dtype=torch.float64, device=folded.device)
+
+
+def empty_moments(folded: Tensor, groups: int) -> list[Tensor]:
+    """Where the kernels put mean, what is left of it, and the biased variance of (sample, group)."""
+    shape = (folded.shape[0], groups)
+    return [torch.empty(shape, dtype=wide(folded), device=folded.device) for _ in range(3)]
+
+
+def flat(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
+
+
+def moment(given: Tensor, x: Tensor) -> Tensor:
+    """A running estimate as the kernels take it."""
+    return given.to(wide(x)).contiguous().view(1, -1)
+
+
+def _forward(
+    backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    mean: Tensor | None, var: Tensor | None, *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    s = Settings(*settings)
+    folded = Folded(x, s.groups)
+    x4, residual4 = folded.fold(x), folded.fold(residual)
+    assert x4 is not None
+    y = empty_like(x4)
+    groups = s.groups or x4.shape[2]
+    weights = (flat(weight), flat(bias), s.eps, groups, s.act, s.parameter)
+    if mean is not None and var is not None:
+        mean, var = moment(mean, x), moment(var, x)
+        rest = torch.zeros_like(mean)
+        kernel(backend, "batch_norm_apply")(y, x4, residual4, mean, rest, var, *weights)
+        # An operator's result is no view of its argument.
+        return folded.unfold(y), mean.clone(), rest, var.clone()
+    mean, rest, var = empty_moments(x4, groups)
+    pieces = pieces_of(x4)
+    kernel(backend, "batch_norm_fwd")(
+        y, mean, rest, var, scratch(x4, groups, pieces), x4, residual4, *weights, pieces
+    )
+    return folded.unfold(y), mean, rest, var
+
+
+def _backward(backend: str, dy: Tensor, saved: tuple, settings: tuple, needs: tuple) -> tuple:
+    x, weight, bias, residual, given, _, mean, rest, var = saved
+    s = Settings(*settings)
+    folded = Folded(x, s.groups)
+    x4, dy4 = folded.fold(x), folded.fold(dy)
+    assert x4 is not None and dy4 is not None
+    groups = s.groups or x4.shape[2]
+    pieces = pieces_of(x4)
+    # Without an activation the residual's gradient is dy.
+    active = s.act != 0
+    residual4 = folded.fold(residual) if active else None
+    dx = empty_like(x4)
+    dz = empty_like(x4) if residual4 is not None else x4.new_empty(0)
+    dweight = _gradient(weight, needs[1], x)
+    dbias = _gradient(bias, needs[2], x)
+    kernel(backend, "batch_norm_bwd")(
+        dx, dz, dweight, dbias, scratch(x4, groups, pieces), dy4, x4, residual4, mean, rest, var,
+        flat(weight), flat(bias), s.eps, groups, s.act, s.parameter, pieces, given is None,
+    )  # fmt: skip
+    dresidual = None
+    if residual is not None:
+        dresidual = folded.unfold(dz if active else dy4)
+    return (
+        folded.unfold(dx),
+        dweight if dweight.numel() else None,
+        dbias if dbias.numel() else None,
+        dresidual,
+        None,
+        None,
+    )
+
+
+def _gradient(weight: Tensor | None, needed: bool, x: Tensor) -> Tensor:
+    """Where a weight's gradient goes; without elements where it is not wanted."""
+    if weight is None or not needed:
+        return x.new_empty(0)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+RULE = Rule("batch_norm", 6, _forward, _backward, definition, extras=3)
+call: Callable[..., Any] = autograd.make(RULE, whole=True)
