@@ -138,7 +138,7 @@ PYDL_HD vfloat load(const float16* p) {
 #elif PYDL_LEVEL == 1
   return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  vfloat x;
+  vfloat x{};
   for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
   return x;
 #endif

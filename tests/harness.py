@@ -169,7 +169,7 @@ def _bands(reference: Tensor) -> Iterator[Tensor]:
 
 def by_rows(op: Op) -> bool:
     """Whether elements of a row meet."""
-    return op.family == "layer_norm"
+    return op.family in ("layer_norm", "batch_norm")
 
 
 def judged(

@@ -1,3 +1,9 @@
 """The ops by family: rows of the table, definitions, autograd and the functional API."""
 
-from pydl.ops import activation_rows, bias_act, gated_act, layer_norm_rows  # noqa: F401
+from pydl.ops import (  # noqa: F401
+    activation_rows,
+    batch_norm_rows,
+    bias_act,
+    gated_act,
+    layer_norm_rows,
+)

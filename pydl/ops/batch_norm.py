@@ -123,9 +123,9 @@ def batch_norm_act(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *,
-    act: str = "relu",
     residual: Tensor | None = None,
+    act: str = "relu",
+    *,
     act_param: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -140,9 +140,9 @@ def batch_norm_act(
         training: See `batch_norm`.
         momentum: See `batch_norm`.
         eps: See `batch_norm`.
+        residual: Of the input's shape and dtype, added before the activation.
         act: identity, sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, swish or
             mish.
-        residual: Of the input's shape and dtype, added before the activation.
         act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their
             defaults.
         backend: Who computes; see `pydl.backends`.

@@ -112,7 +112,7 @@ def scratch(folded: Tensor, groups: int, pieces: int) -> Tensor:
 
 
 def empty_moments(folded: Tensor, groups: int) -> list[Tensor]:
-    """Where the kernels put mean, what is left of it, and the biased variance of (sample, group)."""
+    """Where the kernels put mean, what is left of it, and biased variance of (sample, group)."""
     shape = (folded.shape[0], groups)
     return [torch.empty(shape, dtype=wide(folded), device=folded.device) for _ in range(3)]
 
