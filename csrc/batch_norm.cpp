@@ -120,12 +120,9 @@ void batch_norm_sums(Out sums, Out dz, Out scratch, View dy, View x, Maybe resid
       Normed::of("batch_norm", x, groups, {&dy, &residual, dz.numel > 0 ? &dz : &x});
   const Call call{"batch_norm", shape, x,    residual, weight, bias,
                   &mean,        &rest, &var, eps,      act,    parameter};
-  if (sums.dtype != DType::f64 || sums.numel != 2 * shape.samples * shape.channels) {
-    fail("batch_norm: wants float64 sums of (2, samples, channels)");
-  }
+  const Sums found =
+      Sums::of("batch_norm", shape, scratch, pieces).with_totals("batch_norm", shape, sums);
   clear(sums);
-  Sums found = Sums::of("batch_norm", shape, scratch, pieces);
-  found.totals = static_cast<double*>(sums.data);
   with_engine(call, found, [&](auto& engine) {
     using P = decltype(engine.dz);
     if (x.numel == 0) return;
@@ -142,14 +139,13 @@ void batch_norm_dx(Out dx, Out scratch, View dy, View x, Maybe residual, View me
   const Normed shape = Normed::of("batch_norm", x, groups, {&dx, &dy, &residual});
   const Call call{"batch_norm", shape, x,    residual, weight, bias,
                   &mean,        &rest, &var, eps,      act,    parameter};
-  if (sums.dtype != DType::f64 || sums.numel != 2 * shape.samples * shape.channels) {
-    fail("batch_norm: wants float64 sums of (2, samples, channels)");
-  }
-  with_engine(call, Sums::of("batch_norm", shape, scratch, 1), [&](auto& engine) {
+  const Sums given =
+      Sums::of("batch_norm", shape, scratch, 1).with_totals("batch_norm", shape, sums);
+  with_engine(call, given, [&](auto& engine) {
     if (x.numel == 0) return;
     engine.dx = static_cast<decltype(engine.dx)>(dx.data);
     engine.dy = static_cast<decltype(engine.dy)>(dy.data);
-    engine.backward(false, true, static_cast<const double*>(sums.data), count);
+    engine.backward(false, true, given.totals, count);
   });
 }
 
@@ -158,23 +154,6 @@ void batch_norm_dx(Out dx, Out scratch, View dy, View x, Maybe residual, View me
 }  // namespace pydl
 
 using namespace pydl;
-EXPORT(
-    cpu, batch_norm_fwd,
-    "y, mean, rest, var, scratch, x, residual, weight, bias, eps, groups, act, parameter, pieces",
-    batch_norm_fwd)
-EXPORT(cpu, batch_norm_moments, "mean, rest, var, scratch, x, groups, pieces", batch_norm_moments)
-EXPORT(cpu, batch_norm_apply,
-       "y, x, residual, mean, rest, var, weight, bias, eps, groups, act, parameter",
-       batch_norm_apply)
-EXPORT(cpu, batch_norm_bwd,
-       "dx, dz, dweight, dbias, scratch, dy, x, residual, mean, rest, var, weight, bias, eps, "
-       "groups, act, parameter, pieces, training",
-       batch_norm_bwd)
-EXPORT(cpu, batch_norm_sums,
-       "sums, dz, scratch, dy, x, residual, mean, rest, var, weight, bias, eps, groups, act, "
-       "parameter, pieces",
-       batch_norm_sums)
-EXPORT(cpu, batch_norm_dx,
-       "dx, scratch, dy, x, residual, mean, rest, var, sums, weight, bias, eps, groups, act, "
-       "parameter, count",
-       batch_norm_dx)
+
+#define BACKEND cpu
+#include "batch_norm_list.h"

@@ -82,6 +82,13 @@ struct Sums {
     double* data = static_cast<double*>(scratch.data);
     return {data, data + cut, data + cut + whole, pieces};
   }
+  // The same with the totals elsewhere: (2, samples, channels).
+  Sums with_totals(const char* op, const Normed& shape, const View& given) const {
+    if (given.dtype != DType::f64 || given.numel != 2 * shape.samples * shape.channels) {
+      fail("%s: wants float64 sums of (2, samples, channels)", op);
+    }
+    return {partials, static_cast<double*>(given.data), of_groups, pieces};
+  }
   PYDL_HD double* partial(const Normed& shape, int64_t sample, int64_t piece) const {
     return partials + (sample * pieces + piece) * 2 * shape.channels;
   }
@@ -91,7 +98,7 @@ struct Sums {
 // LeVeque 1983).
 struct Spread {
   double count, mean, squares;
-  PYDL_HD void add(const Spread& other) {
+  void add(const Spread& other) {
     if (other.count == 0) return;
     const double total = count + other.count, d = other.mean - mean;
     mean += d * (other.count / total);

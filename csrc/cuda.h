@@ -11,6 +11,7 @@
 
 #define PYDL_HD __host__ __device__ __forceinline__
 #define PYDL_DEVICE __device__ __forceinline__
+#define PYDL_NOINLINE __device__ __noinline__
 #define PYDL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                          \
   do {                                                                                       \
     ::pydl::allow_shared(reinterpret_cast<const void*>(kernel), (shared_bytes));             \
@@ -51,6 +52,7 @@ inline int multiprocessors() {
 
 #define PYDL_HD inline __attribute__((always_inline))
 #define PYDL_DEVICE inline __attribute__((always_inline))
+#define PYDL_NOINLINE inline
 #define PYDL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::pydl::emulation::launch((grid), (block), (shared_bytes), [&]() { kernel(__VA_ARGS__); })
 #define PYDL_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::pydl::emulation::dynamic_shared())

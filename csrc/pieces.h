@@ -35,11 +35,14 @@ struct Pieces {
       fail("%s: wants %lld parameters and sums, and float64 partials of (pieces, %lld)", op,
            static_cast<long long>(p.channels), static_cast<long long>(p.channels));
     }
-    const int64_t most = partials.sizes[0];
-    p.outer_pieces = p.outer_size < most ? (p.outer_size > 0 ? p.outer_size : 1) : most;
-    const int64_t left = most / p.outer_pieces, runs = p.inner_size / 4096;
-    p.inner_pieces = runs < left ? (runs > 0 ? runs : 1) : left;
+    p.cut(partials.sizes[0]);
     return p;
+  }
+  // Into `most` pieces at most, and one at least.
+  void cut(int64_t most) {
+    outer_pieces = outer_size < most ? (outer_size > 0 ? outer_size : 1) : most;
+    const int64_t left = most / outer_pieces, runs = inner_size / 4096;
+    inner_pieces = runs < left ? (runs > 0 ? runs : 1) : left;
   }
 };
 

@@ -245,14 +245,36 @@ PYDL_HD typename Lanes<T>::type load_some(const T* p, int64_t count) {
     return load(p);
   } else {
     if (count >= Lanes<T>::count) return load(p);
+#if PYDL_LEVEL == 2
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) {
+      return (vfloat)_mm512_maskz_loadu_ps(mask, p);
+    } else {
+      T part[Lanes<T>::count];
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16(mask, p));
+      return load(part);
+    }
+#else
     T part[Lanes<T>::count] = {};
     for (int64_t i = 0; i < count; ++i) part[i] = p[i];
     return load(part);
+#endif
   }
 }
 template <class T>
 PYDL_HD void store_some(T* p, typename Lanes<T>::type x, int64_t count) {
   if (count >= Lanes<T>::count) return store(p, x);
+#if PYDL_LEVEL == 2
+  if constexpr (sizeof(T) <= 4) {
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) {
+      _mm512_mask_storeu_ps(p, mask, (__m512)x);
+    } else {
+      _mm256_mask_storeu_epi16(p, mask, (__m256i)round_to(p, x));
+    }
+    return;
+  }
+#endif
   T part[Lanes<T>::count];
   store(part, x);
   for (int64_t i = 0; i < count; ++i) p[i] = part[i];

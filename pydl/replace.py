@@ -51,9 +51,16 @@ def register_twin(torch_cls: type, pydl_cls: type) -> None:
 
 
 for _name in (
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "ELU",
     "GELU",
     "GLU",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
     "LeakyReLU",
     "Mish",
@@ -63,6 +70,7 @@ for _name in (
     "SELU",
     "SiLU",
     "Sigmoid",
+    "SyncBatchNorm",
     "Tanh",
 ):
     register_twin(getattr(nn, _name), getattr(pydl_nn, _name))

@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "csrc").glob("*.cu"))
 ARCHS = ("80", "90a", "100")
 # Kernels of the 16-byte way; the others serve what is strided, misaligned or rare.
-_WIDE = re.compile(r"map_flat_kernel|(map_strided|sum_(rows|columns))_kernel.*Li[48]EE")
+_WIDE = re.compile(
+    r"map_flat_kernel|(map_strided|sum_(rows|columns))_kernel.*Li[48]EE"
+    r"|(apply|dx)_kernel.*Li[48]ELb"
+)
 
 
 def _nvcc() -> str:

@@ -13,8 +13,26 @@ from pydl.nn.activation import (
     Swish,
     Tanh,
 )
+from pydl.nn.batch_norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+)
+from pydl.nn.blocks import (
+    BottleneckBlock,
+    DenseBlock,
+    HighwayLayer,
+    PreActResBlock,
+    StandardResBlock,
+)
 from pydl.nn.gated import GEGLU, GLU, BiasAct, GatedAct, MishGLU, ReGLU, SwiGLU
 from pydl.nn.norm import LayerNorm, RMSNorm
+from pydl.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "ELU",
@@ -22,19 +40,33 @@ __all__ = [
     "GELU",
     "GLU",
     "SELU",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct",
     "BiasAct",
+    "BottleneckBlock",
+    "DenseBlock",
     "GatedAct",
+    "GroupNorm",
+    "HighwayLayer",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
     "LeakyReLU",
     "Mish",
     "MishGLU",
     "PReLU",
+    "PreActResBlock",
     "RMSNorm",
     "ReGLU",
     "ReLU",
     "SiLU",
     "Sigmoid",
+    "StandardResBlock",
     "SwiGLU",
     "Swish",
+    "SyncBatchNorm",
     "Tanh",
 ]

@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydl import autograd
-from pydl.backends import FLOATS, choose
+from pydl.backends import FLOATS, choose, requested
 from pydl.ops import bias_act
 from pydl.ops.channel_norm import RULE, call
+
+# Positions of a channel; with fewer, group_norm's automatic choice is native torch whatever the
+# size, which the calibration goes by.
+_SPATIAL = 16
 
 
 def _check(op: str, input: Tensor, residual: Tensor | None = None, **of_channels: Any) -> None:
@@ -38,6 +42,10 @@ def _check(op: str, input: Tensor, residual: Tensor | None = None, **of_channels
                 f"pydl: {op}: {name} has dtype {given.dtype}, wants the input's, {input.dtype}, "
                 "or float32 with an input of 16 bits"
             )
+    _check_residual(op, input, residual)
+
+
+def _check_residual(op: str, input: Tensor, residual: Tensor | None) -> None:
     if residual is not None and (
         residual.shape != input.shape
         or residual.dtype != input.dtype
@@ -157,6 +165,7 @@ def batch_norm_act(
     """
     chosen = choose("batch_norm_act", backend, input, *(() if residual is None else (residual,)))
     if chosen == "torch":
+        _check_residual("batch_norm_act", input, residual)
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return _finish(y, act, act_param, residual)
     stats = (running_mean, running_var, training, momentum, eps)
@@ -188,7 +197,7 @@ def _batch(
     else:
         y, mean, _, var = call(chosen, *args)
     if training and count and (running_mean is not None or running_var is not None):
-        if mean is None:
+        if mean is None or var is None:
             over = [d for d in range(input.dim()) if d != 1]
             var, mean = torch.var_mean(autograd.wide(input.detach()), over, correction=0)
         update(running_mean, running_var, mean.reshape(-1), var.reshape(-1), momentum, count)
@@ -207,8 +216,9 @@ def instance_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Instance normalisation, `(x - mean) / sqrt(var + eps) * weight + bias` for each sample and
-    channel.
+    """Instance normalisation, `(x - mean) / sqrt(var + eps) * weight + bias`, moments per channel.
+
+    The moments are those of each sample and channel.
 
     Args:
         input: (N, C, *), any strides and floating dtype.
@@ -259,7 +269,7 @@ def instance_norm(
     else:
         y, mean, _, var = call(chosen, *args)
     if use_input_stats and y.numel() and (running_mean is not None or running_var is not None):
-        if mean is None:
+        if mean is None or var is None:
             over = list(range(2, input.dim()))
             var, mean = torch.var_mean(autograd.wide(input.detach()), over, correction=0)
         update(running_mean, running_var, mean.mean(0), var.mean(0), momentum, count)
@@ -277,8 +287,9 @@ def group_norm(
     act_param: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Group normalisation, `(x - mean) / sqrt(var + eps) * weight + bias` for each sample and group
-    of channels, and an activation in the same pass where one is asked for.
+    """Group normalisation, `act((x - mean) / sqrt(var + eps) * weight + bias)`, moments per group.
+
+    The moments are those of each sample and group of channels; the activation is in the same pass.
 
     Args:
         input: (N, C, *), any strides and floating dtype.
@@ -303,7 +314,7 @@ def group_norm(
     if input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype in FLOATS[1:3]:
         input = input.float()
     chosen = choose("group_norm", backend, input)
-    if chosen == "torch":
+    if chosen == "torch" or (requested(backend) is None and input.shape[2:].numel() < _SPATIAL):
         return _finish(F.group_norm(input, num_groups, weight, bias, eps), act, act_param, None)
     number, parameter = bias_act.named("group_norm", act, act_param)
     _check("group_norm", input, weight=weight, bias=bias)

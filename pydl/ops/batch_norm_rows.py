@@ -122,24 +122,23 @@ def _batch_definition(
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5, residual: Any = None,
     act: str = "identity", act_param: float | None = None,
 ) -> Tensor:  # fmt: skip
-    moments = (None, None) if training else (running_mean, running_var)
-    return definition(
-        x, weight, bias, residual, *moments, 0, eps, *bias_act.named("", act, act_param)
-    )
+    mean, var = (None, None) if training else (running_mean, running_var)
+    number, parameter = bias_act.named("", act, act_param)
+    return definition(x, weight, bias, residual, mean, var, 0, eps, number, parameter)
 
 
 def _act_definition(x: Tensor, *args: Any, act: str = "relu", **named: Any) -> Tensor:
     args, act = (args[:-1], args[-1]) if args and isinstance(args[-1], str) else (args, act)
-    return _batch_definition(x, *args, act=act, **named)
+    return _batch_definition(x, *args, **{**named, "act": act})
 
 
 def _instance_definition(
     x: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None,
     bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
-    moments = (None, None) if use_input_stats else (running_mean, running_var)
+    mean, var = (None, None) if use_input_stats else (running_mean, running_var)
     groups = x.shape[1] if use_input_stats else 0
-    return definition(x, weight, bias, None, *moments, groups, eps, 0, 0.0)
+    return definition(x, weight, bias, None, mean, var, groups, eps, 0, 0.0)
 
 
 def _group_definition(
