@@ -1,6 +1,6 @@
 // CPU: batch_norm, instance_norm and group_norm with an activation and a residual: the moments, the
 // normalisation, and backward, each alone as well, for what has to happen in between.
-#include "channel_engine.h"
+#include "channel_columns.h"
 
 namespace pydl {
 inline namespace PYDL_ISA {

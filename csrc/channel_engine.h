@@ -16,6 +16,8 @@ constexpr int64_t kLong = 16384;   // elements read twice from L2
 template <class T>
 struct Engine {
   using A = acc_t<T>;
+  // Finer than what is computed in.
+  using W = std::conditional_t<std::is_same_v<A, double>, long double, double>;
   using V = typename Lanes<T>::type;
   Normed s;
   Sums sums;
@@ -60,11 +62,11 @@ struct Engine {
   double base(int64_t sample, int64_t g) const {
     return to_float(x[s.at(sample, 0, g * s.per_group())]);
   }
-  void set_moments(int64_t sample, int64_t g, const Spread& total) {
+  void set_moments(int64_t sample, int64_t g, const Spread<W>& total) {
     const int64_t of = sample * s.groups + g;
-    const double start = base(sample, g);
+    const W start = base(sample, g);
     mean[of] = static_cast<A>(start + total.mean);
-    rest[of] = static_cast<A>((start - double{mean[of]}) + total.mean);
+    rest[of] = static_cast<A>((start - W{mean[of]}) + total.mean);
     var[of] = static_cast<A>(total.squares / total.count);
   }
 
@@ -86,16 +88,16 @@ struct Engine {
   // Runs shorter than this are gathered before their moments are taken.
   static constexpr int64_t kGathered = 512;
 
-  void add_moments(Spread& total, const auto* from, int64_t n, double start) const {
+  void add_moments(Spread<W>& total, const auto* from, int64_t n, double start) const {
     for (int64_t i = 0; i < n; i += kLong) {
       const int64_t part = n - i < kLong ? n - i : kLong;
       const Moments<A> m = moments(from + i, part);
-      const auto count = static_cast<double>(part);
-      total.add({count, (double{m.shift} - start) + double{m.rest}, m.variance * count});
+      const W count = static_cast<W>(part);
+      total.add({count, (W{m.shift} - W{start}) + W{m.rest}, W{m.variance} * count});
     }
   }
   void unit_moments(int64_t sample, int64_t g) {
-    Spread total{0, 0, 0};
+    Spread<W> total{0, 0, 0};
     const double start = base(sample, g);
     if (unit() >= kGathered || s.outer == 1) {
       for (int64_t o = 0; o < s.outer; ++o) {
@@ -235,99 +237,14 @@ struct Engine {
     Coefs<A> coefs() const { return {row(0), row(1), row(2), row(3), row(4), row(5), row(6)}; }
   };
 
-  void column_moments(int64_t sample, int64_t k) const {
-    const int64_t w = width();
-    const Range rows = piece(k);
-    const T* from = x + s.at(sample, rows.begin, 0);
-    const int64_t n = (rows.end - rows.begin) * period(), full = n / w;
-    const Scratch<double> spread(2 * w);
-    double *const means = spread.data(), *const squares = means + w;
-    for (int64_t r = 0; r < full; r += kTileRows) {
-      const int64_t height = full - r < kTileRows ? full - r : kTileRows;
-      for (int64_t c = 0; c < w; c += kWide) {
-        tile_moments(from + r * w + c, w, height, w - c < kWide ? w - c : kWide, r,
-                     x + s.at(sample, 0, 0) + c, means + c, squares + c);
-      }
-    }
-    double* const partial = sums.partial(s, sample, k);
-    for (int64_t c = 0; c < s.channels; ++c) {
-      // A position's mean is relative to its first row.
-      const double start = base(sample, c / s.per_group());
-      const auto shifted = [&](int64_t i) { return to_float(x[s.at(sample, 0, 0) + i]) - start; };
-      const auto each = [&](int64_t begin, int64_t end, const auto& body) {
-        for (int64_t at = begin + c * s.inner; at < end; at += period()) {
-          for (int64_t i = at; i < at + s.inner; ++i) body(i);
-        }
-      };
-      const auto height = static_cast<double>(full);
-      Spread total{height * static_cast<double>(w / s.channels), 0, 0};
-      each(0, w, [&](int64_t i) { total.mean += shifted(i) + means[i]; });
-      total.mean /= static_cast<double>(w / s.channels);
-      each(0, w, [&](int64_t i) {
-        const double d = shifted(i) + means[i] - total.mean;
-        total.squares += squares[i] + height * d * d;
-      });
-      each(full * w, n, [&](int64_t i) { total.add({1, to_float(from[i]) - start, 0}); });
-      partial[c] = total.mean;
-      partial[s.channels + c] = total.squares;
-    }
-  }
+  void column_moments(int64_t sample, int64_t k) const;
 
   // Joins the moments of `height` rows to those of `before` rows; means are relative to `bases`.
-  __attribute__((noinline)) static void tile_moments(const T* from, int64_t stride, int64_t height,
-                                                     int64_t n, int64_t before, const T* bases,
-                                                     double* means, double* squares) {
-    alignas(64) A shift[kWide + kPad], first[kWide + kPad] = {}, second[kWide + kPad] = {};
-    constexpr int64_t kWidth = Lanes<T>::count;
-    const auto over = [&](const auto& body) {
-      for (int64_t i = 0; i < n; i += kWidth) body(i, n - i < kWidth ? n - i : kWidth);
-    };
-    over([&](int64_t i, int64_t) { store_as(shift + i, splat<V>(0)); });
-    for (int64_t r = 0; r < height; ++r) {
-      over([&](int64_t i, int64_t count) {
-        prefetch(from + (r + 1) * stride + i);
-        store_as(shift + i, load_as<V>(shift + i) + load_some(from + r * stride + i, count));
-      });
-    }
-    const V part = splat<V>(1.0 / static_cast<double>(height));
-    over([&](int64_t i, int64_t) { store_as(shift + i, load_as<V>(shift + i) * part); });
-    for (int64_t r = 0; r < height; ++r) {
-      over([&](int64_t i, int64_t count) {
-        const V d = load_some(from + r * stride + i, count) - load_as<V>(shift + i);
-        store_as(first + i, load_as<V>(first + i) + d);
-        store_as(second + i, load_as<V>(second + i) + d * d);
-      });
-    }
-    const auto old = static_cast<double>(before), now = static_cast<double>(height);
-    const double share = now / (old + now), both = old * share, each = 1 / now;
-    for (int64_t i = 0; i < n; ++i) {
-      const double left = double{first[i]} * each;
-      const double middle = (double{shift[i]} - double{to_float(bases[i])}) + left;
-      const double spread = double{second[i]} - left * double{first[i]}, d = middle - means[i];
-      means[i] += d * share;
-      squares[i] += (spread < 0 ? 0 : spread) + d * d * both;
-    }
-  }
+  static void tile_moments(const T* from, int64_t stride, int64_t height, int64_t n, int64_t before,
+                           const T* bases, W* means, W* squares);
 
   // The moments of a group from those of its channels' pieces.
-  void join_moments(int64_t sample, int64_t g) {
-    Spread total{static_cast<double>(s.count()), 0, 0};
-    const auto each = [&](const auto& body) {
-      for (int64_t k = 0; k < sums.pieces; ++k) {
-        const double* partial = sums.partial(s, sample, k);
-        const auto count = static_cast<double>((piece(k).end - piece(k).begin) * s.inner);
-        for (int64_t c = g * s.per_group(); c < (g + 1) * s.per_group(); ++c) {
-          body(count, partial[c], partial[s.channels + c]);
-        }
-      }
-    };
-    each([&](double count, double middle, double) { total.mean += count * middle; });
-    total.mean /= total.count;
-    each([&](double count, double middle, double squares) {
-      total.squares += squares + count * (middle - total.mean) * (middle - total.mean);
-    });
-    set_moments(sample, g, total);
-  }
+  void join_moments(int64_t sample, int64_t g);
 
   // Calls body(start, n) for the rows of a sample, in parallel.
   template <class Body>
@@ -338,58 +255,11 @@ struct Engine {
     });
   }
 
-  void column_apply(int64_t sample) const {
-    const Columns columns(*this, sample, nullptr, 1);
-    over_columns(sample, [&](int64_t at, int64_t n) {
-      forward_run<T, kColumn>(y + at, x + at, residual_at(at), columns.coefs(), act, n, past_cache);
-    });
-  }
+  void column_apply(int64_t sample) const;
 
-  void column_sums(int64_t sample) const {
-    const int64_t w = width();
-    const Columns columns(*this, sample, nullptr, 1);
-    parallel_for(sums.pieces, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<A> added(2 * (w + kPad));
-      const Scratch<double> tile(2 * s.channels);
-      Added<A> to{added.data(), added.data() + w + kPad, {0, 0}};
-      for (int64_t k = begin; k < end; ++k) {
-        double* const partial = sums.partial(s, sample, k);
-        for (int64_t c = 0; c < 2 * s.channels; ++c) partial[c] = 0;
-        const Range rows = piece(k);
-        const int64_t n = (rows.end - rows.begin) * period(), start = s.at(sample, rows.begin, 0);
-        for (int64_t i = 0; i < n; i += kRowTile * w) {
-          const int64_t at = start + i, left = n - i,
-                        full = left / w < kRowTile ? left / w : kRowTile;
-          const auto add = [&](int64_t from, const Runs& runs) {
-            sums_runs<T, kColumn>(dz ? dz + from : nullptr, dy + from, x + from, residual_at(from),
-                                  columns.coefs(), act, runs, to);
-          };
-          add(at, Runs{full, w, w});
-          if (full < kRowTile) add(at + full * w, Runs{1, w, left - full * w});
-          fold(to, w, tile.data(), tile.data() + s.channels, s.channels);
-          for (int64_t c = 0; c < 2 * s.channels; ++c) partial[c] += tile.data()[c];
-        }
-      }
-    });
-    double* const first = sums.totals + sample * s.channels;
-    double* const second = first + s.samples * s.channels;
-    for (int64_t c = 0; c < s.channels; ++c) {
-      first[c] = second[c] = 0;
-      for (int64_t k = 0; k < sums.pieces; ++k) {
-        first[c] += sums.partial(s, sample, k)[c];
-        second[c] += sums.partial(s, sample, k)[s.channels + c];
-      }
-    }
-  }
+  void column_sums(int64_t sample) const;
 
-  void column_dx(int64_t sample, const double* of_groups, double count) const {
-    const ActRuns<A> run = act_before();
-    const Columns columns(*this, sample, of_groups, count);
-    over_columns(sample, [&](int64_t at, int64_t n) {
-      dx_run<T, kColumn>(dx + at, before() + at, x + at, residual_at(at), columns.coefs(), run, n,
-                         past_cache);
-    });
-  }
+  void column_dx(int64_t sample, const double* of_groups, double count) const;
 
   // ---- passes
 

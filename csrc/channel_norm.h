@@ -95,12 +95,13 @@ struct Sums {
 };
 
 // A mean and a sum of squared deviations from it, and how two sets' are joined (Chan, Golub and
-// LeVeque 1983).
+// LeVeque 1983), in W.
+template <class W>
 struct Spread {
-  double count, mean, squares;
+  W count, mean, squares;
   void add(const Spread& other) {
     if (other.count == 0) return;
-    const double total = count + other.count, d = other.mean - mean;
+    const W total = count + other.count, d = other.mean - mean;
     mean += d * (other.count / total);
     squares += other.squares + d * d * (count * (other.count / total));
     count = total;

@@ -141,7 +141,7 @@ struct Function {
           text += "float ";
           break;
         case 'i':
-          text += "int ";
+          text += "SymInt ";
           break;
         case 'b':
           text += "bool ";
@@ -182,7 +182,7 @@ struct Kernel final : c10::OperatorKernel {
   explicit Kernel(Function f) : function(std::move(f)) {}
 
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
-    constexpr size_t kMost = 24;
+    constexpr size_t kMost = 40;
     const size_t count = function.count();
     if (count > kMost) fail("%s takes more than %zu arguments", function.name.c_str(), kMost);
     Arg args[kMost];

@@ -81,7 +81,9 @@ def test_gradient_penalty(op: Op, dtype: torch.dtype, backend: str) -> None:
         wanted = _penalty(op.reference, case.to(torch.float64))
         for i, (a, b, c) in enumerate(zip(got, wanted, native, strict=True)):
             terms = case.args[0].numel() / max(1, a.numel())
-            complaints += harness.judged(f"{case.label}: gradient {i}", a, b, c, terms)
+            complaints += harness.judged(
+                f"{case.label}: gradient {i}", a, b, c, terms, harness.by_rows(op)
+            )
     assert not complaints, harness.summary(complaints)
 
 
@@ -103,8 +105,8 @@ def _three_times(function: Callable, case: Case) -> list[torch.Tensor]:
 def test_third_derivative(op: Op, backend: str) -> None:
     """Backward, thrice, equals torch's, also where the incoming gradient depends on the input.
 
-    The third derivative of torch's layer_norm takes mean and scale for constants (its gradcheck
-    fails): there the definition's is right.
+    The third derivatives of torch's normalisations take mean and scale for constants (their
+    gradcheck fails): there the definition's is right.
     """
     if not takes(backend, torch.float64):
         pytest.skip(f"backend {backend} has no fp64")
@@ -112,7 +114,7 @@ def test_third_derivative(op: Op, backend: str) -> None:
     for case in op.cases(torch.float64, harness.device(backend)):
         if not harness.moderate(case, 600) or not case.args[0].numel():
             continue
-        right = op.reference if op.name == "layer_norm" else op.native
+        right = op.reference if harness.by_rows(op) else op.native
         got, wanted = _three_times(harness.on(op, backend), case), _three_times(right, case)
         for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
             if not torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()) + 1e-30):
@@ -256,16 +258,20 @@ def test_saved_bytes(op: Op, backend: str, cases: Callable[..., list]) -> None:
             out = op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
         held = {t.untyped_storage().data_ptr(): t for t in [*given, *case.kwargs.values()]
                 if isinstance(t, torch.Tensor)}  # fmt: skip
-        wanted = sum(t.numel() for t in given)
+        wanted = sum(
+            t.numel() for t in [*given, *case.kwargs.values()]
+            if isinstance(t, torch.Tensor) and t.is_floating_point()
+        )  # fmt: skip
         if op.name in SAVES_OUTPUT and not any(isinstance(a, float) and a < 0 for a in case.args):
             held = {out.untyped_storage().data_ptr(): out}
             wanted = out.numel()
         foreign = [t for t in saved if t.numel() and t.untyped_storage().data_ptr() not in held]
-        if harness.by_rows(op):  # a mean and a scale a row, too
-            rows = given[0].numel() // max(1, torch.Size(case.args[1]).numel())
-            numbers = [t for t in foreign if t.numel() == rows]
-            foreign = [t for t in foreign if t.numel() != rows or len(numbers) > 2]
-            wanted += 2 * rows
+        if harness.by_rows(op):  # two or three numbers a row, channel or group, too
+            numbers = {t.numel() for t in foreign}
+            most = 2 if op.family == "layer_norm" else 3
+            if len(numbers) == 1 and len(foreign) <= most:
+                wanted += sum(t.numel() for t in foreign)
+                foreign = []
         floats = sum(t.numel() for t in saved if t.is_floating_point())
         if foreign or floats > wanted:
             shapes = [tuple(t.shape) for t in saved]

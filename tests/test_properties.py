@@ -65,10 +65,13 @@ def calls(draw: st.DrawFn, op: Op) -> tuple[Case, torch.dtype]:
         samples = [case for case in op.samples(make) if harness.elements(case) < 20_000]
         case = samples[draw(st.integers(0, len(samples) - 1))]
     tensors = []
+    # Variances are fp32: values whose squares overflow it have none.
+    most = 1e18 if op.family == "batch_norm" else float("inf")
     for i, tensor in enumerate(case.tensors()):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         for value in draw(st.lists(VALUES, max_size=4)) if i == 0 and tensor.numel() else ():
-            tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = value
+            if not most < abs(value) < float("inf"):
+                tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = value
         dims = [None, None, None, *range(tensor.dim())]
         expand = draw(st.sampled_from(dims)) if i == 0 else None
         tensors.append(_lay(tensor, draw(layouts(tuple(tensor.shape))), expand))
@@ -89,7 +92,7 @@ def _population(op: Op, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, t
     try:
         many = Case("", harness.bind(case, tensors), {})
         return op.reference(*many.to(torch.float64).args), op.native(*many.args)
-    except (RuntimeError, StopIteration):
+    except (RuntimeError, ValueError, StopIteration):
         return x.double()[:0], x[:0]
 
 

@@ -35,14 +35,18 @@ def definition(
 ) -> Tensor:  # fmt: skip
     """act((x - mean) / sqrt(var + eps) weight + bias + residual); the moments given, or x's."""
     shape = [1, -1] + [1] * (x.dim() - 2)
-    if mean is not None and var is not None:
-        y = (x - mean.view(shape)) * torch.rsqrt(var.view(shape) + eps)
+    scale = None if weight is None else weight.view(shape)
+    if groups and mean is None:
+        d = x.reshape(x.shape[0], groups, -1)
+        d = d - d.mean(2, keepdim=True)
+        y = (d * torch.rsqrt((d * d).mean(2, keepdim=True) + eps)).view_as(x)
+        y = y if scale is None else y * scale
     else:
-        grouped = x.reshape(x.shape[0], groups, -1) if groups else x
-        over = [d for d in range(grouped.dim()) if d != 1 and not (groups and d == 0)]
-        d = grouped - grouped.mean(over, keepdim=True)
-        y = (d * torch.rsqrt((d * d).mean(over, keepdim=True) + eps)).view_as(x)
-    y = y if weight is None else y * weight.view(shape)
+        over = [d for d in range(x.dim()) if d != 1]
+        d = x - (x.mean(over, keepdim=True) if mean is None else mean.view(shape))
+        spread = (d * d).mean(over, keepdim=True) if var is None else var.view(shape)
+        rstd = torch.rsqrt(spread + eps)
+        y = d * (rstd if scale is None else rstd * scale)
     y = y if bias is None else y + bias.view(shape)
     return act_definition(act, parameter)(y if residual is None else y + residual)
 
