@@ -21,17 +21,20 @@ from pydl.ops.bias_act import definition as act_definition
 
 
 class Settings(NamedTuple):
-    """What is no tensor. `groups` is 0 for one sample of all and a group a channel."""
+    """What is no tensor. `groups` is 0 for one sample of all and a group a channel; `dense` is
+    whether results lie in the logical order whatever the input's."""
 
     groups: int
     eps: float
     act: int
     parameter: float
+    dense: bool = False
 
 
 def definition(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     mean: Tensor | None, var: Tensor | None, groups: int, eps: float, act: int, parameter: float,
+    dense: bool = False,
 ) -> Tensor:  # fmt: skip
     """act((x - mean) / sqrt(var + eps) weight + bias + residual); the moments given, or x's."""
     shape = [1, -1] + [1] * (x.dim() - 2)
@@ -56,12 +59,12 @@ class Folded:
 
     Args:
         like: Decides the order in memory: channels last where it is so, else the logical one.
-        groups: As in `Settings`.
+        groups: As in `Settings`, like `dense`.
     """
 
-    def __init__(self, like: Tensor, groups: int) -> None:
+    def __init__(self, like: Tensor, groups: int, dense: bool = False) -> None:
         self._dims = like.dim()
-        self._last = channels_last(like)
+        self._last = channels_last(like) and not dense
         n, c, inner = like.shape[0], like.shape[1], prod(like.shape[2:])
         samples = n if groups else 1
         if self._last:
@@ -135,7 +138,7 @@ def _forward(
     mean: Tensor | None, var: Tensor | None, *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     s = Settings(*settings)
-    folded = Folded(x, s.groups)
+    folded = Folded(x, s.groups, s.dense)
     x4, residual4 = folded.fold(x), folded.fold(residual)
     assert x4 is not None
     y = empty_like(x4)
@@ -158,7 +161,7 @@ def _forward(
 def _backward(backend: str, dy: Tensor, saved: tuple, settings: tuple, needs: tuple) -> tuple:
     x, weight, bias, residual, given, _, mean, rest, var = saved
     s = Settings(*settings)
-    folded = Folded(x, s.groups)
+    folded = Folded(x, s.groups, s.dense)
     x4, dy4 = folded.fold(x), folded.fold(dy)
     assert x4 is not None and dy4 is not None
     groups = s.groups or x4.shape[2]
