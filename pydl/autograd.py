@@ -39,6 +39,7 @@ class Rule:
         pointwise: All tensors have the output's shape and elements do not meet.
         extras: How many tensors come along with the outputs for backward, not differentiable.
         outputs: How many differentiable outputs there are.
+        wide_outputs: How many of the last of them are in what is computed in, fp32 at least.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Rule:
     pointwise: bool = False
     extras: int = 0
     outputs: int = 1
+    wide_outputs: int = 0
 
 
 def wide(tensor: Any) -> Any:
@@ -73,7 +75,8 @@ def in_reference(rule: Rule, *args: Any) -> Any:
         return in_reference(rule, *lines, *args[rule.tensors :]).reshape(())
     out = rule.reference(*(wide(t) for t in tensors), *args[rule.tensors :])
     if rule.outputs > 1:
-        return tuple(one.to(tensors[0].dtype) for one in out)
+        narrow = rule.outputs - rule.wide_outputs
+        return tuple(one.to(tensors[0].dtype) if i < narrow else one for i, one in enumerate(out))
     return out.to(tensors[0].dtype)
 
 
