@@ -17,9 +17,10 @@ from torch import nn
 
 from pydl import nn as pydl_nn
 from pydl.backends import NAMES, unavailable
-from pydl.report import Replaced, Report, Skipped, Swap, class_name
+from pydl.fuse import Plan, plan
+from pydl.report import Fusion, Replaced, Report, Skipped, Swap, class_name
 
-__all__ = ["TWINS", "Replaced", "Report", "Skipped", "register_twin", "replace"]
+__all__ = ["TWINS", "Fusion", "Replaced", "Report", "Skipped", "register_twin", "replace"]
 
 Pattern = type | str | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Iterable[Pattern] | None
@@ -199,6 +200,7 @@ def replace(
     *,
     include: Patterns = None,
     exclude: Patterns = None,
+    fuse: bool = False,
     backend: str | None = None,
     dry_run: bool = False,
 ) -> Report:
@@ -216,6 +218,11 @@ def replace(
             `named_modules`, with `*` and `?`; a function of (path, module). A type or name that
             fits a container stands for all in it.
         exclude: What to leave alone, likewise; it wins over `include`.
+        fuse: Compute a batch normalisation together with the activation that follows it, and with a
+            residual added between them, in one pass where the source of the container's method
+            shows that nothing else sees what is between; at each call, where `batch_norm_act` has a
+            backend for it. The container gets a class derived from its own. The backward pass needs
+            the residual, so changing that in place after the activation makes torch raise an error.
         backend: Who computes in the twins; None for the automatic choice at each call (see
             `pydl.backends`).
         dry_run: Change nothing, only report what would be done.
@@ -245,7 +252,9 @@ def replace(
     included, excluded = _Filter("include", include), _Filter("exclude", exclude)
     report = Report(model, dry_run=dry_run)
     swaps: list[Swap] = []
-    for found in _walk(model):
+    left: dict[int, str] = {}
+    everything = _walk(model)
+    for found in everything:
         base = _base(found.module)
         if base is None:
             continue
@@ -256,6 +265,8 @@ def replace(
             why = "excluded" if unwanted else "not included"
         if why is not None:
             report.skipped.append(Skipped(path, class_name(cls), why))
+            if not why.startswith("is pydl's already"):
+                left[id(found.module)] = why
             continue
         twin = TWINS[cls]
         others = ", ".join(place.path for place in found.places[1:])
@@ -267,8 +278,12 @@ def replace(
             )
         )
     report.notes += included.notes() + excluded.notes()
+    fusions = plan(everything, left) if fuse and backend != "torch" else Plan()
+    if fuse and backend == "torch":
+        report.notes.append("nothing is fused: backend 'torch' takes one step at a time")
+    report.fused, report.unfused = fusions.fused, fusions.unfused
     if not dry_run:
-        report.apply(swaps, backend)
+        report.apply(swaps, backend, fusions.classes)
     return report
 
 

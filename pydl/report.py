@@ -37,6 +37,16 @@ class Skipped(NamedTuple):
     why: str
 
 
+class Fusion(NamedTuple):
+    """A batch normalisation that runs together with what follows it: its path, all of it, whose
+    method does it, and why that is right."""
+
+    path: str
+    what: str
+    new: str
+    reason: str
+
+
 class Swap(NamedTuple):
     """A module, its twin, and the (parent, name) where it stands; the model itself has no
     parent."""
@@ -61,6 +71,9 @@ class Report:
             itself is "".
         skipped: (path, type, why) of each module left alone that is, or derives from, a type with a
             twin.
+        fused: (path, what, new, reason) of each batch normalisation that runs in one pass with the
+            activation that follows it; `new` is the method that does so.
+        unfused: (path, type, why) of each that does not, but for those in `skipped`.
         notes: What else is to be known, such as a pattern that fits nothing.
         dry_run: Nothing was changed.
         undone: It was taken back.
@@ -69,10 +82,13 @@ class Report:
     model: nn.Module
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    fused: list[Fusion] = field(default_factory=list)
+    unfused: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
     undone: bool = False
     _swaps: list[Swap] = field(default_factory=list, repr=False)
+    _classes: list[tuple[nn.Module, type, type]] = field(default_factory=list, repr=False)
 
     def __iter__(self) -> Iterator[Replaced]:
         return iter(self.replaced)
@@ -80,9 +96,18 @@ class Report:
     def __len__(self) -> int:
         return len(self.replaced)
 
-    def apply(self, swaps: Iterable[Swap], backend: str | None = None) -> None:
-        """Puts the twins in place; after an error everything is as it was."""
+    def apply(
+        self,
+        swaps: Iterable[Swap],
+        backend: str | None = None,
+        classes: Iterable[tuple[nn.Module, type]] = (),
+    ) -> None:
+        """Puts the twins in place and gives containers their classes; after an error everything is
+        as it was."""
         try:
+            for module, cls in classes:
+                self._classes.append((module, type(module), cls))
+                object.__setattr__(module, "__class__", cls)
             for swap in swaps:
                 self._swaps.append(swap)
                 if backend is not None:
@@ -113,7 +138,11 @@ class Report:
         self.model = originals.get(id(self.model), self.model)
         for swap in self._swaps:
             vars(swap.old).pop("backend", None)
+        for module, old, new in self._classes:
+            if type(module) is new:
+                object.__setattr__(module, "__class__", old)
         self._swaps.clear()
+        self._classes.clear()
         self.undone = not self.dry_run
 
     def __str__(self) -> str:
@@ -126,11 +155,13 @@ class Report:
             else "replaced"
         )
         already = sum(one.why.startswith("is pydl's already") for one in self.skipped)
-        head = f"pydl.replace: {modules} {done}, {len(self.skipped)} skipped"
+        also = f", {len(self.fused)} fused" if self.fused else ""
+        head = f"pydl.replace: {modules} {done}{also}, {len(self.skipped)} skipped"
         if not self.replaced:
             head = "pydl.replace: nothing to replace"
             if already:
                 head += f": {already} module{'s are' if already > 1 else ' is'} pydl's already"
+            head += also
         lines = [head]
         pairs: dict[tuple[str, str], list[str]] = {}
         for one in self.replaced:
@@ -138,12 +169,21 @@ class Report:
             path = (one.path or "(the model)") + (f" ({shared})" if shared else "")
             pairs.setdefault((one.old, one.new), []).append(path)
         lines += _table([(f"{old} -> {new}", paths) for (old, new), paths in pairs.items()])
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for left in self.skipped:
-            reasons.setdefault((left.type, left.why), []).append(left.path or "(the model)")
-        if reasons:
-            lines.append("left alone")
-            lines += _table([(f"{kind} {why}", paths) for (kind, why), paths in reasons.items()])
+        methods: dict[tuple[str, str], list[str]] = {}
+        for fusion in self.fused:
+            methods.setdefault((fusion.what, fusion.new), []).append(fusion.path)
+        if methods:
+            lines.append("fused, in one pass")
+            lines += _table([(f"{what} in {new}", paths) for (what, new), paths in methods.items()])
+        for title, between, some in (
+            ("left alone", " ", self.skipped),
+            ("not fused", ": ", self.unfused),
+        ):
+            reasons: dict[str, list[str]] = {}
+            for left in some:
+                key = f"{left.type}{between}{left.why}"
+                reasons.setdefault(key, []).append(left.path or "(the model)")
+            lines += [title, *_table(list(reasons.items()))] if reasons else []
         lines += [line for note in self.notes for line in textwrap.wrap(f"note: {note}", WIDTH)]
         return "\n".join(lines)
 

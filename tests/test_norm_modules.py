@@ -288,3 +288,21 @@ def test_convert_sync_batchnorm_loses_nothing() -> None:
     with pytest.raises(TypeError, match="1 is a BatchNormAct"):
         P.SyncBatchNorm.convert_sync_batchnorm(model)
     assert type(model[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name,args", [("BatchNorm2d", (4,)), ("GroupNorm", (2, 4))])
+def test_the_result_may_be_changed_in_place(
+    name: str, args: tuple[int, ...], form: torch.memory_format
+) -> None:
+    got = []
+    for package in (P, nn):
+        module = getattr(package, name)(*args).double()
+        module.backend = "cpu"
+        x = torch.linspace(-1, 2, 200, dtype=torch.float64).sin().view(2, 4, 5, 5)
+        x = x.to(memory_format=form).requires_grad_()
+        y = module(x)
+        y += x
+        y.relu_().square().sum().backward()
+        got.append((y, x.grad, [parameter.grad for parameter in module.parameters()]))
+    torch.testing.assert_close(*got, **EXACT)

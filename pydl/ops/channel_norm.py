@@ -82,9 +82,10 @@ class Folded:
         return (tensor.permute(self._order) if self._last else tensor).contiguous().view(self.shape)
 
     def unfold(self, tensor: Tensor) -> Tensor:
-        """The view of a folded tensor in the original shape."""
+        """The memory of a folded tensor in the original shape; no view to autograd, which forbids
+        to change a Function's result in place where it is one."""
         moved = tensor.view(self._moved)
-        return moved.permute(self._back) if self._last else moved
+        return (moved.permute(self._back) if self._last else moved).detach()
 
 
 def channels_last(x: Tensor) -> bool:

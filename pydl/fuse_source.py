@@ -1,0 +1,286 @@
+"""A method and its source: read, compared with what runs, and compiled again when changed.
+
+Methods are rewritten, not traced by torch.fx: a trace runs the method, decides its branches once
+and for all (`self.training`, `isinstance(x, Tensor)`, `self.downsample is not None`), and drops
+contexts such as `torch.no_grad()`. Here only the expressions of a chain change.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import copy
+import functools
+import inspect
+import linecache
+import types
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+_FUTURE = functools.reduce(
+    int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
+_FRAMES = {"eval", "exec", "globals", "inspect", "locals", "sys", "vars"}
+# What has statements or a scope of its own.
+_ELSEWHERE = (
+    ast.DictComp, ast.ExceptHandler, ast.GeneratorExp, ast.Lambda, ast.ListComp, ast.SetComp,
+    ast.match_case, ast.stmt,
+)  # fmt: skip
+_SCOPES = (ast.AsyncFunctionDef, ast.ClassDef, ast.FunctionDef, ast.Lambda)
+_UNFOLLOWED = (ast.Await, ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom)
+
+
+class Unreadable(Exception):
+    """Why the source of a method cannot be relied on."""
+
+
+class Method:
+    """A function with its source, which is known to be what it was compiled from.
+
+    Attributes:
+        function: The function.
+        node: Its definition.
+        self: The name of its first argument.
+        parents: The parent of every node in it.
+
+    Raises:
+        Unreadable: there is no such source, or it does what cannot be followed.
+    """
+
+    def __init__(self, function: types.FunctionType) -> None:
+        if hasattr(function, "__wrapped__"):
+            raise Unreadable("is decorated")
+        code = function.__code__
+        linecache.checkcache(code.co_filename)
+        text = "".join(linecache.getlines(code.co_filename, function.__globals__))
+        try:
+            file = _parsed(text)
+            found, self._owner = file.functions[code.co_name, code.co_firstlineno]
+        except (KeyError, SyntaxError, ValueError, RecursionError) as error:
+            why = "is decorated, or not in its source file" if text else "has no source"
+            raise Unreadable(why) from error
+        self.function, self._imports = function, file.imports
+        self.node = copy.deepcopy(found)
+        if _bare(self._compile()) != _bare(code):
+            raise Unreadable("does not run the source that its file has")
+        arguments = [*self.node.args.posonlyargs, *self.node.args.args]
+        self.self = arguments[0].arg if arguments else ""
+        for node in ast.walk(self.node):
+            hidden = isinstance(node, ast.Name) and (
+                node.id in _FRAMES or (node.id == self.self and not isinstance(node.ctx, ast.Load))
+            )
+            if hidden or isinstance(node, _UNFOLLOWED):
+                raise Unreadable("is a generator, or hides what its names mean")
+        self.parents = {
+            child: node for node in ast.walk(self.node) for child in ast.iter_child_nodes(node)
+        }
+
+    def path(self, node: ast.AST) -> str | None:
+        """`a.b` where a node is `self.a.b`."""
+        names = _dotted(node)
+        if len(names) < 2 or names[0] != self.self:
+            return None
+        prefix = "_" + (self._owner or "").lstrip("_")
+        private = (n.startswith("__") and not n.endswith("__") for n in names[1:])
+        return ".".join(prefix + n if p else n for n, p in zip(names[1:], private, strict=True))
+
+    def meaning(self, node: ast.AST) -> Any:
+        """What a dotted global name means; None where it is no such name."""
+        names, code = _dotted(node), self.function.__code__
+        if not names or names[0] in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
+            return None
+        found = self.function.__globals__.get(names[0])
+        for name in names[1:]:
+            found = getattr(found, name, None)
+        return found
+
+    def captured(self, name: str) -> bool:
+        """Whether a nested function sees a local name."""
+        return name in self.function.__code__.co_cellvars
+
+    def blocks(self, block: list[ast.stmt] | None = None) -> Iterator[list[ast.stmt]]:
+        """Its lists of statements, but for those in which it catches exceptions."""
+        block = self.node.body if block is None else block
+        yield block
+        for one in block:
+            if isinstance(one, ast.With):
+                calls = (getattr(item.context_expr, "func", one) for item in one.items)
+                owners = [getattr(self.meaning(call), "__module__", None) for call in calls]
+                if not all(str(owner).partition(".")[0] == "torch" for owner in owners):
+                    continue  # it may catch exceptions as well
+            if isinstance(one, ast.If | ast.For | ast.While | ast.With):
+                yield from self.blocks(one.body)
+                yield from self.blocks(getattr(one, "orelse", []))
+
+    def compiled(self) -> types.FunctionType:
+        """The function that its definition, changed by now, stands for."""
+        code, old = self._compile(), self.function
+        cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
+        code = code.replace(co_qualname=old.__code__.co_qualname)
+        new = types.FunctionType(
+            code, old.__globals__, old.__name__, old.__defaults__,
+            tuple(cells[name] for name in code.co_freevars),
+        )  # fmt: skip
+        new.__kwdefaults__ = old.__kwdefaults__
+        new.__module__, new.__doc__ = old.__module__, old.__doc__
+        new.__annotations__ = old.__annotations__
+        new.__dict__.update(old.__dict__)
+        return new
+
+    def _compile(self) -> types.CodeType:
+        """Compiles the definition alone, in a class for the sake of `super()` and of private names
+        and in a function that has its free variables."""
+        like, body = self.function.__code__, self.node
+        inner: ast.stmt = body
+        if self._owner is not None:
+            inner = ast.parse(f"class {self._owner}: pass").body[0]
+            assert isinstance(inner, ast.ClassDef)
+            inner.body = [body]
+        free = ", ".join(name for name in like.co_freevars if name != "__class__")
+        tree = ast.parse(f"def outer({free}): pass")
+        assert isinstance(tree.body[0], ast.FunctionDef)
+        tree.body[0].body = [inner]
+        tree.body[:0] = self._imports
+        flags = like.co_flags & _FUTURE
+        with warnings.catch_warnings(action="ignore"):
+            todo = [compile(tree, like.co_filename, "exec", flags=flags, dont_inherit=True)]
+        for code in todo:
+            if code.co_name == like.co_name and code.co_firstlineno == like.co_firstlineno:
+                return code
+            todo += [one for one in code.co_consts if isinstance(one, types.CodeType)]
+        raise Unreadable("does not run the source that its file has")
+
+
+@dataclass
+class Chain:
+    """A batch normalisation, what its output passes through, and the activation at the end.
+
+    Attributes:
+        bn: Its path below the module whose method it is.
+        call: Where it is called.
+        through: The identities between, paths and calls.
+        add: The residual's addition: `+` or `+=`.
+        act: Where the activation is called.
+        module: The activation's path, where it is a module.
+        function: Its name and parameter, where it is a function.
+        producer: The module that computes what is normalised; where given, nothing else may hold
+            that.
+        called: The modules that are called between.
+        why: Why it cannot be fused.
+    """
+
+    bn: str
+    call: ast.Call
+    through: list[tuple[str, ast.Call]] = field(default_factory=list)
+    add: ast.AST | None = None
+    act: ast.Call | None = None
+    module: str | None = None
+    function: tuple[str, float | None] | None = None
+    producer: str | None = None
+    called: list[str] = field(default_factory=list)
+    why: str | None = None
+
+
+class _File(NamedTuple):
+    functions: dict[tuple[str, int], tuple[ast.FunctionDef, str | None]]
+    """Those without decorators, by name and line, and the class that each is in."""
+    imports: list[ast.stmt]
+    """Names that the file imports: calls of their attributes are compiled in another way."""
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(text: str) -> _File:
+    file = _File({}, [])
+    with warnings.catch_warnings(action="ignore"):
+        todo: list[tuple[ast.AST, str | None, bool]] = [(ast.parse(text), None, True)]
+    for node, owner, outside in todo:
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            file.functions[node.name, node.lineno] = (node, owner)
+        if isinstance(node, ast.Import | ast.ImportFrom) and outside:
+            names = {one.asname or one.name.partition(".")[0] for one in node.names} - {"*"}
+            file.imports.extend(ast.parse(f"import a as {name}").body[0] for name in names)
+        owner = node.name if isinstance(node, ast.ClassDef) else owner
+        outside = outside and not isinstance(node, _SCOPES)
+        todo += [(child, owner, outside) for child in ast.iter_child_nodes(node)]
+    return file
+
+
+def _bare(code: types.CodeType) -> types.CodeType:
+    """Code without what says where it stands."""
+    consts = (_bare(one) if isinstance(one, types.CodeType) else one for one in code.co_consts)
+    flags = code.co_flags & ~inspect.CO_NESTED
+    return code.replace(
+        co_consts=tuple(consts), co_filename="", co_qualname=code.co_name, co_flags=flags
+    )
+
+
+def _dotted(node: ast.AST) -> list[str]:
+    """`["a", "b", "c"]` for `a.b.c`, empty for anything else."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    return [node.id, *names] if isinstance(node, ast.Name) else []
+
+
+def expressions(statement: ast.stmt) -> Iterator[ast.expr]:
+    """The expressions that a statement evaluates itself, in its own scope."""
+    todo: list[ast.AST] = [statement]
+    for node in todo:
+        if isinstance(node, ast.expr):
+            yield node
+        todo += [child for child in ast.iter_child_nodes(node) if not isinstance(child, _ELSEWHERE)]
+
+
+def rewrite(method: Method, chains: list[Chain]) -> types.FunctionType:
+    """The method with chains of its that are fused at run time (see `pydl.fuse_run.Fused`)."""
+    _Rewriter(method, chains).visit(method.node)
+    ast.fix_missing_locations(method.node)
+    return method.compiled()
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Hands a chain's steps to the container's `_pydl_begin`, `_pydl_add` and `_pydl_end`."""
+
+    def __init__(self, method: Method, chains: list[Chain]) -> None:
+        self.method = method
+        self.begins = {chain.call: chain.producer for chain in chains}
+        self.adds = {chain.add for chain in chains}
+        self.modules = {call for chain in chains for _, call in chain.through}
+        self.modules |= {chain.act for chain in chains if chain.act and chain.module is not None}
+        self.functions = {chain.act: chain.function for chain in chains if chain.function}
+
+    def visit(self, node: ast.AST) -> Any:
+        self.generic_visit(node)
+        new = self._changed(node)
+        return new if new is node else ast.copy_location(new, node)
+
+    def _changed(self, node: Any) -> ast.AST:
+        if node in self.begins:
+            producer = self.begins[node]
+            own = f"{self.method.self}.{producer}"
+            extra = [] if producer is None else [ast.parse(own, mode="eval").body]
+            return self._call("begin", node.func, node.args[0], *extra)
+        if node in self.modules:
+            return self._call("end", node.func, node.args[0])
+        if node in self.functions:
+            known = [ast.Constant(value) for value in self.functions[node] or ()]
+            if not node.args:
+                return self._call("end", ast.Constant(node.func.attr), node.func.value, *known)
+            new = self._call("end", node.func, node.args[0], *known, *node.args[1:])
+            new.keywords = node.keywords
+            return new
+        if node in self.adds and isinstance(node, ast.BinOp):
+            return self._call("add", ast.Constant("add"), node.left, node.right)
+        if node in self.adds and isinstance(node.target, ast.Name):
+            left = ast.Name(node.target.id, ast.Load())
+            return ast.Assign(
+                [node.target], self._call("add", ast.Constant("iadd"), left, node.value)
+            )
+        return node
+
+    def _call(self, step: str, *args: ast.expr) -> ast.Call:
+        own = ast.Name(self.method.self, ast.Load())
+        return ast.Call(ast.Attribute(own, f"_pydl_{step}", ast.Load()), list(args), [])
