@@ -30,26 +30,28 @@ struct Sizes {
   Sizes(const View& q, int64_t columns) : of{q.sizes[0], q.sizes[1], q.sizes[2], columns} {}
 };
 
-void attention_fwd(Out out, Out lse, View query, View key, View value, Maybe mask, Maybe relative,
-                   Maybe offsets_q, Maybe offsets_k, Maybe seed, int64_t longest_q,
+void attention_fwd(Out out, Out lse, Out rest, View query, View key, View value, Maybe mask,
+                   Maybe relative, Maybe offsets_q, Maybe offsets_k, Maybe seed, int64_t longest_q,
                    int64_t longest_k, double scale, double softcap, int64_t left, int64_t right,
                    bool bottom, double dropout_p) {
   const Attention a = attention_of(
       "attention", {&query, &key, &value, &mask, &relative, &offsets_q, &offsets_k, &seed,
                     longest_q, longest_k, scale, softcap, left, right, bottom, dropout_p});
   const Quad o = Quad::of("attention", "out", out), l = Quad::of("attention", "lse", lse);
+  const Quad r = Quad::of("attention", "rest", rest);
   check_like("attention", "out", o, Sizes(query, a.value_width).of, query.dtype);
   check_like("attention", "lse", l, Sizes(query, 1).of, wide_of(query.dtype));
+  check_like("attention", "rest", r, Sizes(query, 1).of, wide_of(query.dtype));
   if (query.sizes[0] * query.sizes[1] * query.sizes[2] == 0) return;
   dispatch_float("attention", query.dtype,
-                 [&](auto zero) { AttentionForward<decltype(zero)>{a, o, l}.run(); });
+                 [&](auto zero) { AttentionForward<decltype(zero)>{a, o, l, r}.run(); });
 }
 
 void attention_bwd(Out dquery, Out dkey, Out dvalue, Out dmask, Out drelative, View dout,
-                   Maybe dlse, View out, View lse, View query, View key, View value, Maybe mask,
-                   Maybe relative, Maybe offsets_q, Maybe offsets_k, Maybe seed, int64_t longest_q,
-                   int64_t longest_k, double scale, double softcap, int64_t left, int64_t right,
-                   bool bottom, double dropout_p) {
+                   Maybe dlse, View out, View lse, View rest, View query, View key, View value,
+                   Maybe mask, Maybe relative, Maybe offsets_q, Maybe offsets_k, Maybe seed,
+                   int64_t longest_q, int64_t longest_k, double scale, double softcap, int64_t left,
+                   int64_t right, bool bottom, double dropout_p) {
   const char* const op = "attention";
   const Attention a =
       attention_of(op, {&query, &key, &value, &mask, &relative, &offsets_q, &offsets_k, &seed,
@@ -64,6 +66,7 @@ void attention_bwd(Out dquery, Out dkey, Out dvalue, Out dmask, Out drelative, V
   g.dlse = Quad::of(op, "dlse", dlse);
   g.out = Quad::of(op, "out", out);
   g.lse = Quad::of(op, "lse", lse);
+  g.rest = Quad::of(op, "rest", rest);
   const DType wide = wide_of(query.dtype);
   check_like(op, "dquery", g.dq, Sizes(query, a.width).of, query.dtype);
   check_like(op, "dkey", g.dk, Sizes(key, a.width).of, query.dtype);
@@ -71,6 +74,7 @@ void attention_bwd(Out dquery, Out dkey, Out dvalue, Out dmask, Out drelative, V
   check_like(op, "dout", g.dout, Sizes(query, a.value_width).of, query.dtype);
   check_like(op, "out", g.out, Sizes(query, a.value_width).of, query.dtype);
   check_like(op, "lse", g.lse, Sizes(query, 1).of, wide);
+  check_like(op, "rest", g.rest, Sizes(query, 1).of, wide);
   if (g.dlse.present()) check_like(op, "dlse", g.dlse, Sizes(query, 1).of, wide);
   if (g.dmask.present()) {
     bool alike = g.dmask.dtype == wide;

@@ -10,7 +10,7 @@ inline namespace PYDL_ISA {
 
 struct AttentionGradients {
   Quad dq, dk, dv, dmask, drelative;  // the last two in the accumulation type, where wanted
-  Quad dout, dlse, out, lse;
+  Quad dout, dlse, out, lse, rest;
 };
 
 template <class T>
@@ -30,13 +30,14 @@ struct AttentionBackward {
 
   // A head's queries and upstream gradient as they are computed with.
   struct Head {
-    Buffer<A> q, dout, delta, lse;
+    Buffer<A> q, dout, delta, lse, rest;
     Matrix<A> d{nullptr, 0};
     explicit Head(const AttentionBackward& w)
         : q(w.a.queries * w.wide()),
           dout(w.a.queries * w.value_wide()),
           delta(w.a.queries),
-          lse(w.a.queries) {}
+          lse(w.a.queries),
+          rest(w.a.queries) {}
     void fill(const AttentionBackward& w, const Tile<T>& tile) {
       const Attention& a = w.a;
       const int64_t first = tile.s.first_q;
@@ -57,6 +58,7 @@ struct AttentionBackward {
           return static_cast<const A*>(x.data)[x.at(tile.s.b, tile.h, first + i, 0)];
         };
         lse.data()[i] = number(w.g.lse);
+        rest.data()[i] = number(w.g.rest);
         delta.data()[i] = static_cast<A>(add_lanes(sum));
         if (w.g.dlse.present()) delta.data()[i] -= number(w.g.dlse);
       }
@@ -201,7 +203,7 @@ struct AttentionBackward {
         tile.adjust(side, capped ? room.caps.data() : nullptr, i, key, n);
         for (int64_t j = 0; j < n; ++j) w[j] = side[j];
       }
-      exponentials(w, n, lse);
+      exponentials(w, n, lse, head.rest.data()[i]);
       const A delta = head.delta.data()[i];
       if (a.drops) {
         A* const f = room.factors.data();

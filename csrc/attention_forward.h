@@ -16,7 +16,7 @@ struct AttentionForward {
   static constexpr int64_t kFew = 4;  // queries; so few do not pay for packing the keys
 
   const Attention& a;
-  const Quad &out, &lse;
+  const Quad &out, &lse, &rest;
 
   // Keys of a head, packed once and used by all its tiles of queries.
   struct Packed {
@@ -205,8 +205,13 @@ struct AttentionForward {
       T* const to = static_cast<T*>(out.data) + out.at(tile.s.b, tile.h, first + i, 0);
       const A* const sums = room.sums.data() + r * wide;
       convert_back(sums, a.value_width, to, inverse);
-      static_cast<A*>(lse.data)[lse.at(tile.s.b, tile.h, first + i, 0)] =
-          total == 0 ? kNothing<A> : room.most.data()[r] + std::log(total);
+      // The logarithm's end, which fp32 alone would lose: weights are e^(score - lse - rest).
+      const double most = room.most.data()[r], whole = most + std::log(double{total});
+      const int64_t at = lse.at(tile.s.b, tile.h, first + i, 0);
+      const A number = total == 0 ? kNothing<A> : static_cast<A>(whole);
+      static_cast<A*>(lse.data)[at] = number;
+      static_cast<A*>(rest.data)[rest.at(tile.s.b, tile.h, first + i, 0)] =
+          total == 0 ? A(0) : static_cast<A>((most - double{number}) + std::log(double{total}));
     }
   }
 };

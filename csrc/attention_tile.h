@@ -198,21 +198,21 @@ A largest(const A* x, int64_t n) {
   return found;
 }
 
-// x = e^(x - shift) in place for n scores; their sum. What lies past them up to a register's end
-// becomes 0.
+// x = e^(x - shift - rest) in place for n scores; their sum. What lies past them up to a register's
+// end becomes 0.
 template <class A>
-A exponentials(A* x, int64_t n, A shift) {
+A exponentials(A* x, int64_t n, A shift, A rest = 0) {
   using V = typename Register<A>::type;
   constexpr int64_t kWidth = Register<A>::lanes;
   V sum = spread(A(0));
   int64_t j = 0;
   for (; j + kWidth <= n; j += kWidth) {
-    const V e = exponential(V(load(x + j) - spread(shift)));
+    const V e = exponential(V((load(x + j) - spread(shift)) - spread(rest)));
     store(x + j, e);
     sum += e;
   }
   if (j < n) {
-    const V e = exponential(V(load_some(x + j, n - j) - spread(shift)));
+    const V e = exponential(V((load_some(x + j, n - j) - spread(shift)) - spread(rest)));
     store_some(x + j, e, n - j);
     sum += load_some(x + j, n - j);
   }

@@ -91,7 +91,14 @@ def derivative(rule: Rule, dy: Any, saved: Sequence[Any], scalars: tuple) -> Gra
     ]
     floats = [t for t in leaves if _floating(t)]
     out = rule.reference(*(wide(t) for t in leaves), *scalars)
-    got = iter(torch.autograd.grad(out, floats, wide(dy), create_graph=True, allow_unused=True))
+    pairs = zip(out, dy, strict=True) if rule.outputs > 1 else ((out, dy),)
+    flowing = [(o, wide(d)) for o, d in pairs if d is not None]
+    got = iter(
+        torch.autograd.grad(
+            [o for o, _ in flowing], floats, [d for _, d in flowing], create_graph=True,
+            allow_unused=True,
+        )
+    )  # fmt: skip
     return tuple(next(got) if _floating(t) else None for t in leaves)
 
 

@@ -16,6 +16,11 @@ from pydl.ops.activation import (
 )
 from pydl.ops.batch_norm import batch_norm, batch_norm_act, group_norm, instance_norm
 from pydl.ops.bias_act import bias_act
+from pydl.ops.dot_product import (
+    local_attention,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
 from pydl.ops.gated_act import gated_act
 from pydl.ops.layer_norm import layer_norm, rms_norm
 
@@ -30,13 +35,16 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "leaky_relu",
+    "local_attention",
     "mish",
     "prelu",
     "relu",
     "rms_norm",
+    "scaled_dot_product_attention",
     "selu",
     "sigmoid",
     "silu",
     "swish",
     "tanh",
+    "varlen_attention",
 ]

@@ -118,7 +118,7 @@ def _judged(op: Op, backend: str, case: Case, dtype: torch.dtype, how: str) -> l
     if harness.strides(got[0]) != harness.strides(native[0]):
         complaints.append(f"output has strides {got[0].stride()}, torch's {native[0].stride()}")
     for i, x in enumerate(case.tensors()):
-        terms = max(4.0, got[0].numel() / max(1, x.numel()))
+        terms = max(4.0, harness.terms(op, case, got[0], x))
         complaints += harness.judged_gradient(
             f"gradient {i}", got[1 + i], wanted[1 + i], native[1 + i], x, terms, harness.by_rows(op)
         )

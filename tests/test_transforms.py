@@ -36,6 +36,7 @@ def _compared(
 
     In fp64 where the backend has it, so that rounding cannot hide a wrong derivative.
     """
+    right = right or harness.smooth(op)
     wide = takes(backend, torch.float64)
     dtype, close = (torch.float64, 1e-11) if wide else (torch.float32, 2e-5)
     complaints = []
@@ -45,12 +46,10 @@ def _compared(
         except Exception as error:
             complaints.append(f"{case.label}: {type(error).__name__}: {str(error)[:200]}")
             continue
-        for i, (a, b) in enumerate(
-            zip(got, transform(_function(right or op.native, case), case), strict=True)
-        ):
+        for i, (a, b) in enumerate(zip(got, transform(_function(right, case), case), strict=True)):
             if a.shape != b.shape or a.dtype != b.dtype:
                 complaints.append(f"{case.label}: result {i} is {a.dtype} {tuple(a.shape)}")
-            elif (error := (a - b).abs().max() / b.abs().max().clamp(min=1)) > close:
+            elif a.numel() and (error := (a - b).abs().max() / b.abs().max().clamp(min=1)) > close:
                 complaints.append(f"{case.label}: result {i} is off by {float(error):.1e}")
     return complaints
 

@@ -107,7 +107,9 @@ def definition(
         own = None if mask is None else mask[b : b + 1] if mask.shape[0] > 1 else mask
         if own is not None:
             own = own[:, :, : rows.stop - rows.start, : columns.stop - columns.start]
-        out, lse = _of_one(q[:, :, rows], k[:, :, columns], v[:, :, columns], own, relative, some, s)
+        out, lse = _of_one(
+            q[:, :, rows], k[:, :, columns], v[:, :, columns], own, relative, some, s
+        )
         outs.append(out)
         lses.append(lse)
     left = q.shape[2] - starts_q[-1]
@@ -138,21 +140,22 @@ def _tail(s: Settings) -> tuple:
 def _forward(
     backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, relative: Tensor | None,
     *settings: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     s = Settings(*settings)
-    if q.shape[3] == v.shape[3]:
+    if q.shape[3] == v.shape[3] and _rows(q) is q:
         out = _rows(_like(q, s))
     else:
         out = _like(q.new_empty(*q.shape[:3], v.shape[3]), s)
     lse = torch.full((*q.shape[:3], 1), -math.inf, dtype=_wide(q), device=q.device)
+    rest = torch.zeros_like(lse)
     kernel(backend, "attention_fwd")(
-        out, lse, _rows(q), _rows(k), _rows(v), mask, relative, *_tail(s)
+        out, lse, rest, _rows(q), _rows(k), _rows(v), mask, relative, *_tail(s)
     )
-    return out, lse
+    return out, lse, rest
 
 
 def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tuple) -> tuple:
-    q, k, v, mask, relative, out, lse = saved
+    q, k, v, mask, relative, out, lse, rest = saved
     s = Settings(*settings)
     dout, dlse = dys
     dout = torch.zeros_like(out) if dout is None else _rows(dout)
@@ -166,8 +169,8 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
 
     dmask, drelative = wide(mask, needs[3]), wide(relative, needs[4])
     kernel(backend, "attention_bwd")(
-        dq, dk, dv, dmask, drelative, dout, dlse, out, lse, _rows(q), _rows(k), _rows(v), mask,
-        relative, *_tail(s),
+        dq, dk, dv, dmask, drelative, dout, dlse, out, lse, rest, _rows(q), _rows(k), _rows(v),
+        mask, relative, *_tail(s),
     )  # fmt: skip
     return (
         dq,
@@ -179,7 +182,7 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
 
 
 RULE = Rule(
-    "attention", 5, _forward, _backward, definition, outputs=2, wide_outputs=1,
+    "attention", 5, _forward, _backward, definition, extras=1, outputs=2, wide_outputs=1,
     saves=lambda given, made: (*given, *made),
 )  # fmt: skip
 call: Callable[..., tuple[Tensor, Tensor]] = autograd.make(RULE)

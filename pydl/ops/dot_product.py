@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -53,9 +54,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: b
     if min(q.dim(), k.dim(), v.dim()) < 2 or not q.dim() == k.dim() == v.dim():
         raise _error(op, f"{shapes}: wants as many dimensions of each, 2 at least")
     if k.shape[-1] != q.shape[-1] or v.shape[-2] != k.shape[-2]:
-        raise _error(
-            op, f"{shapes}: wants query and key of one width, and as many values as keys"
-        )
+        raise _error(op, f"{shapes}: wants query and key of one width, and as many values as keys")
     if gqa and (q.dim() < 3 or k.shape[-3] != v.shape[-3] or q.shape[-3] % max(1, k.shape[-3])):
         raise _error(op, f"{shapes}: enable_gqa wants heads that the keys' heads divide")
     if mask is not None:
@@ -63,7 +62,8 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: b
             raise _error(op, f"attn_mask is on {mask.device}, wants the query's, {q.device}")
         if mask.dtype not in (torch.bool, q.dtype, torch.float32):
             raise _error(
-                op, f"attn_mask has dtype {mask.dtype}, wants bool, float32 or the query's, {q.dtype}"
+                op,
+                f"attn_mask has dtype {mask.dtype}, wants bool, float32 or the query's, {q.dtype}",
             )
 
 
@@ -101,7 +101,8 @@ class _Folded:
             fits = False
         if not fits:
             raise _error(
-                op, f"attn_mask has shape {tuple(mask.shape)}, wants one that broadcasts to {wanted}"
+                op,
+                f"attn_mask has shape {tuple(mask.shape)}, wants one that broadcasts to {wanted}",
             )
         dims = len(wanted)
         mask = mask.view((1,) * (dims - mask.dim()) + tuple(mask.shape))
@@ -170,8 +171,8 @@ def scaled_dot_product_attention(
 
     Returns:
         (..., L, Ev) in the query's dtype; with `return_lse` a pair of it and (..., L), in fp32
-        (fp64 for fp64). A row that sees no key is 0, and -inf. Saves its arguments, the output and a
-        number a row.
+        (fp64 for fp64). A row that sees no key is 0, and -inf. Saves its arguments, the output and
+        two numbers a row.
 
     Raises:
         ValueError: `dropout_p`, `causal_alignment` or `window` is none of the above.
@@ -246,7 +247,8 @@ def local_attention(
             key, the first before to the last after; has a gradient. With `causal` right is 0.
         dropout_p: As in `scaled_dot_product_attention`, like `scale` and `seed`.
         scale: None for `1 / sqrt(E)`.
-        dilation: How many positions lie between the keys that a query sees.
+        dilation: How many positions apart the keys are that a query sees; more than 1 works on
+            copies.
         seed: See `scaled_dot_product_attention`.
         backend: Who computes; see `pydl.backends`.
 
@@ -269,8 +271,8 @@ def local_attention(
     _check(op, query, key, value, None, False)
     if query.dim() < 3 or query.shape[-2] != key.shape[-2]:
         raise _error(
-            op, f"query {tuple(query.shape)}, key {tuple(key.shape)}: wants (..., H, L, E), as many "
-            "keys as queries"
+            op, f"query {tuple(query.shape)}, key {tuple(key.shape)}: wants (..., H, L, E), as "
+            "many keys as queries"
         )  # fmt: skip
     folded = _Folded(query, key, value, True)
     q, k, v = folded.tensors
@@ -438,12 +440,10 @@ def _check_offsets(op: str, offsets: Tensor, total: int, longest: int) -> None:
     if offsets.device.type != "cpu" or torch.compiler.is_compiling():
         return
     starts = offsets.tolist()
-    lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(starts)]
     if starts[0] < 0 or min(lengths, default=0) < 0 or starts[-1] > total:
         raise _error(op, f"sequences begin at {starts}, wants ascending positions up to {total}")
     if max(lengths, default=0) > longest:
         raise _error(
             op, f"the longest sequence has {max(lengths)} positions, but {longest} were told"
         )
-
-
