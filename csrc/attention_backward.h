@@ -3,15 +3,11 @@
 // place, dQ over the tiles of keys (in pieces, added in a fixed order, where heads are few).
 #pragma once
 
+#include "attention_checks.h"
 #include "attention_tile.h"
 
 namespace pydl {
 inline namespace PYDL_ISA {
-
-struct AttentionGradients {
-  Quad dq, dk, dv, dmask, drelative;  // the last two in the accumulation type, where wanted
-  Quad dout, dlse, out, lse, rest;
-};
 
 template <class T>
 struct AttentionBackward {

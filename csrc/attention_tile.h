@@ -167,13 +167,13 @@ inline bool adjusts(const Attention& a) {
 
 // The largest lane; a NaN does not count.
 PYDL_HD float largest_lane(vfloat x) {
-#if PYDL_LEVEL == 2
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float found = x[0];
-  for (int i = 1; i < kLanes; ++i) found = x[i] > found ? x[i] : found;
+  float lanes[kLanes], found;
+  store(lanes, x);
+  // Four at a time: comparisons that follow each other take long.
+  for (int i = 4; i < kLanes; ++i) lanes[i % 4] = lanes[i] > lanes[i % 4] ? lanes[i] : lanes[i % 4];
+  found = lanes[0];
+  for (int i = 1; i < 4; ++i) found = lanes[i] > found ? lanes[i] : found;
   return found;
-#endif
 }
 PYDL_HD double largest_lane(double x) { return x; }
 

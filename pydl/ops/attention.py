@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -168,8 +169,16 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
         return torch.empty(of.shape, dtype=_wide(q), device=q.device)
 
     dmask, drelative = wide(mask, needs[3]), wide(relative, needs[4])
+    scratch = none
+    if backend == "cuda":
+        count = prod(q.shape[:3])
+        if relative is not None and drelative.numel():
+            sequences = q.shape[0] if s.offsets_q is None else s.offsets_q.numel() - 1
+            tiles = -(-s.longest_q // 16)
+            count += sequences * q.shape[1] * tiles * relative.shape[3]
+        scratch = none.new_empty(count)
     kernel(backend, "attention_bwd")(
-        dq, dk, dv, dmask, drelative, dout, dlse, out, lse, rest, _rows(q), _rows(k), _rows(v),
+        dq, dk, dv, dmask, drelative, scratch, dout, dlse, out, lse, rest, _rows(q), _rows(k), _rows(v),
         mask, relative, *_tail(s),
     )  # fmt: skip
     return (
