@@ -82,32 +82,33 @@ def _check(x: Tensor, groups: int, *alike: Tensor | None) -> None:
             raise RuntimeError("pydl: batch_norm: wants dense memory")
 
 
-def _cut(x: Tensor, tile: int, most: int | None = None) -> _Cut:
+def _cut(x: Tensor, each: int, most: int | None = None) -> _Cut:
     """Into `most` pieces of each channel at most, first along the outer dimension; without a limit
-    into programs of four tiles. A thread has eight elements of a tile, or more of a large one."""
+    into programs of four tiles. A thread has `each` elements of a tile, or half of that where they
+    are loaded one by one, which takes more registers."""
     samples, outer, channels, inner = x.shape
     last = inner == 1
     side = channels if last else inner
+    pack = 16 // x.element_size()
+    while side % pack:
+        pack //= 2
+    each = each if pack >= 4 else each // 2
+    tile = 128 * each
     columns = min(128 if last else tile, triton.next_power_of_2(side))
     if most is None:
         most = 1 + outer * inner * (columns if last else 1) // (4 * tile)
     outer_pieces = max(1, min(outer, most, 65535))
     inner_pieces = max(1, min(inner // 4096, most // outer_pieces, 65535 // outer_pieces))
     rows = min(tile // columns, triton.next_power_of_2(triton.cdiv(outer, outer_pieces)))
-    pack = 16 // x.element_size()
-    while side % pack:
-        pack //= 2
     programs = samples * (triton.cdiv(channels, columns) if last else channels)
     options = {
         "LAST": last,
         "PACK": pack,
         "ROWS": rows,
         "COLUMNS": columns,
-        "num_warps": max(1, min(4, rows * columns // 256)),
+        "num_warps": max(1, rows * columns // (32 * each)),
     }
-    return _Cut(
-        (programs, outer_pieces * inner_pieces), (outer_pieces, inner_pieces), options
-    )
+    return _Cut((programs, outer_pieces * inner_pieces), (outer_pieces, inner_pieces), options)
 
 
 def _sizes(call: _Call, cut: _Cut) -> tuple[int, ...]:
@@ -118,7 +119,7 @@ def _sizes(call: _Call, cut: _Cut) -> tuple[int, ...]:
 
 def _find_moments(call: _Call, scratch: Tensor, pieces: int) -> None:
     samples, outer, channels, inner = call.x.shape
-    cut = _cut(call.x, 2048, pieces)
+    cut = _cut(call.x, 16, pieces)
     moments_kernel[cut.grid](scratch, call.x, *_sizes(call, cut), **cut.options)
     alone = call.groups == channels
     entries = triton.next_power_of_2(cut.count * (channels // call.groups))
@@ -131,7 +132,7 @@ def _find_moments(call: _Call, scratch: Tensor, pieces: int) -> None:
 
 
 def _apply(call: _Call, y: Tensor) -> None:
-    cut = _cut(call.x, 1024)
+    cut = _cut(call.x, 8)
     apply_kernel[cut.grid](
         y, call.x, call.x if call.residual is None else call.residual, *call.pointers(),
         *_sizes(call, cut), call.eps, call.parameter, **call.flags(), **cut.options,
@@ -143,7 +144,7 @@ def _find_sums(
     dweight: Tensor | None = None, dbias: Tensor | None = None,
 ) -> None:  # fmt: skip
     """totals: (2, samples, channels), of dz and of dz xhat; stores dz where it has elements."""
-    cut = _cut(call.x, 1024, pieces)
+    cut = _cut(call.x, 8, pieces)
     sums_kernel[cut.grid](
         scratch, dz, dy, call.x, call.x if call.residual is None else call.residual,
         *call.pointers(), *_sizes(call, cut), call.eps, call.parameter, **call.flags(),
@@ -182,7 +183,7 @@ def _find_dx(
             sums, totals, call.x if call.weight is None else call.weight, channels, call.groups,
             WEIGHT=call.weight is not None, BLOCK=128, num_warps=1,
         )  # fmt: skip
-    cut = _cut(call.x, 1024)
+    cut = _cut(call.x, 8)
     dx_kernel[cut.grid](
         dx, dy, call.x, call.x if call.residual is None else call.residual, *call.pointers(), sums,
         *_sizes(call, cut), samples * call.groups, count, call.eps, call.parameter,

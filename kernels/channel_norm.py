@@ -57,6 +57,12 @@ def span(
 
 
 @triton.jit
+def upto(left, most: tl.constexpr):
+    """How many of `left` are among the next `most`: 32 bits, and as divisible as both."""
+    return tl.minimum(left, most).to(tl.int32)
+
+
+@triton.jit
 def scales(
     mean, rest, var, weight, bias, sample, c, channels, groups, eps,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr,
@@ -100,10 +106,7 @@ def moments_kernel(
     offsets = rows * step + columns
     per_group = channels // groups
     first = c // per_group * per_group
-    if LAST:
-        to_first = start + first
-    else:
-        to_first = sample * outer * step + first * size
+    to_first = start + first if LAST else sample * outer * step + first * size
     base = tl.load(x + to_first, mask=c < channels, other=0.0).to(tl.float32)
     mean = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     squares = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -111,7 +114,8 @@ def moments_kernel(
     count = 0
     for block in range(left, right):
         for row in range(begin, end, ROWS):
-            inside = (rows < end - row) & (columns < size - block * COLUMNS)
+            more = upto(size - block * COLUMNS, COLUMNS)
+            inside = (rows < upto(end - row, ROWS)) & (columns < more)
             at = start + row * step + block * COLUMNS + offsets
             value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
             count += 1
@@ -120,17 +124,16 @@ def moments_kernel(
             mean += before * (1.0 / count)
             squares += before * (d - mean)
     height = end - begin
-    if LAST:
-        each = (height - rows + ROWS - 1) // ROWS + columns * 0
-        every = height.to(tl.float64)
-    else:
+    counts = ((height - rows + ROWS - 1) // ROWS).to(tl.float32)
+    every = height
+    if not LAST:
         width = tl.minimum(right * COLUMNS, size) - left * COLUMNS
-        each = ((height - rows + ROWS - 1) // ROWS) * ((width - columns + COLUMNS - 1) // COLUMNS)
-        every = (height * width).to(tl.float64)
-    counts = each.to(tl.float64)
-    own = mean.to(tl.float64)
-    middle = over_tile(counts * own, LAST) / every
-    spread = over_tile(squares.to(tl.float64) + counts * (own - middle) * (own - middle), LAST)
+        counts = counts * ((width - columns + COLUMNS - 1) // COLUMNS).to(tl.float32)
+        every = height * width
+    # Products in fp32, whose errors are as many and as small as the elements' own; sums in fp64.
+    middle = over_tile((counts * mean).to(tl.float64), LAST) / every.to(tl.float64)
+    d = mean - middle.to(tl.float32)
+    spread = over_tile((squares + counts * d * d).to(tl.float64), LAST)
     to = partials + (sample * tl.num_programs(1) + piece) * 2 * channels + c
     tl.store(to, middle, mask=c < channels)
     tl.store(to + channels, spread, mask=c < channels)
@@ -217,7 +220,8 @@ def apply_kernel(
     offsets = rows * step + columns
     for block in range(left, right):
         for row in range(begin, end, ROWS):
-            inside = (rows < end - row) & (columns < size - block * COLUMNS)
+            more = upto(size - block * COLUMNS, COLUMNS)
+            inside = (rows < upto(end - row, ROWS)) & (columns < more)
             at = start + row * step + block * COLUMNS + offsets
             value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
             z = ((value - middle) - rest_of) * scale + b
@@ -267,7 +271,8 @@ def sums_kernel(
     second = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for block in range(left, right):
         for row in range(begin, end, ROWS):
-            inside = (rows < end - row) & (columns < size - block * COLUMNS)
+            more = upto(size - block * COLUMNS, COLUMNS)
+            inside = (rows < upto(end - row, ROWS)) & (columns < more)
             at = start + row * step + block * COLUMNS + offsets
             part, xhat = gradient(
                 dy, x, residual, at, inside, middle, rest_of, rstd, w, b, p, ACT, RESIDUAL
@@ -372,7 +377,8 @@ def dx_kernel(
     offsets = rows * step + columns
     for block in range(left, right):
         for row in range(begin, end, ROWS):
-            inside = (rows < end - row) & (columns < size - block * COLUMNS)
+            more = upto(size - block * COLUMNS, COLUMNS)
+            inside = (rows < upto(end - row, ROWS)) & (columns < more)
             at = start + row * step + block * COLUMNS + offsets
             dz, xhat = gradient(
                 dy, x, residual, at, inside, middle, rest_of, rstd, w, b, p, ACT, RESIDUAL
