@@ -38,7 +38,8 @@ class Rule:
             needed where `saves` is, else derived from `reference`.
         pointwise: All tensors have the output's shape and elements do not meet.
         extras: How many tensors come along with the outputs for backward, not differentiable.
-        outputs: How many differentiable outputs there are.
+        outputs: How many differentiable outputs there are; of several, each has the dtype of the
+            tensor in its place among the arguments.
     """
 
     name: str
@@ -73,7 +74,7 @@ def in_reference(rule: Rule, *args: Any) -> Any:
         return in_reference(rule, *lines, *args[rule.tensors :]).reshape(())
     out = rule.reference(*(wide(t) for t in tensors), *args[rule.tensors :])
     if rule.outputs > 1:
-        return tuple(one.to(tensors[0].dtype) for one in out)
+        return tuple(one.to(t.dtype) for one, t in zip(out, tensors, strict=False))
     return out.to(tensors[0].dtype)
 
 
@@ -186,6 +187,8 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
         def backward(ctx, *dys):
             saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n]
             dys = dys[:outputs]
+            if all(dy is None for dy in dys):
+                return (None,) * (1 + n + len(ctx.scalars))
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = Backward.apply(ctx.backend, needs, len(saved), *dys, *saved, *ctx.scalars)
             else:
