@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ double shared[2 * kWarp];
   const Dropout dropout = given;
   const Range range = Pieces::share(norm.rows, pieces, blockIdx.x);
-  double* dweight =
-      partials == nullptr ? nullptr : partials + static_cast<int64_t>(blockIdx.x) * 2 * norm.n;
+  double* dweight = partials + static_cast<int64_t>(blockIdx.x) * 2 * norm.n;
   double* dbias = dweight + norm.n;
   for (int64_t i = threadIdx.x; partials != nullptr && i < norm.n; i += kThreads) {
     dweight[i] = 0;
@@ -156,7 +155,8 @@ __global__ void __launch_bounds__(kThreads)
       flow.dinput[start + i] = from_float<T>(dh);
     };
     normalise_backward_any(flow.dy + start, flow.sum + start, norm.centred ? mean[r] : A(0),
-                           rstd[r], weight, norm, shared, dweight, dbias, emit);
+                           rstd[r], weight, norm, shared, partials != nullptr, dweight, dbias,
+                           emit);
   }
 }
 

@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   using A = acc_t<T>;
   __shared__ double shared[2 * kWarp];
   const Range range = Pieces::share(norm.rows, pieces, blockIdx.x);
-  double* dweight =
-      partials == nullptr ? nullptr : partials + static_cast<int64_t>(blockIdx.x) * 2 * norm.n;
+  double* dweight = partials + static_cast<int64_t>(blockIdx.x) * 2 * norm.n;
   double* dbias = dweight + norm.n;
   for (int64_t i = threadIdx.x; partials != nullptr && i < norm.n; i += kThreads) {
     dweight[i] = 0;
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t r = range.begin; r < range.end; ++r) {
     const int64_t at = r * norm.n;
     normalise_backward_any(dy + at, x + at, norm.centred ? mean[r] : A(0), rstd[r], weight, norm,
-                           shared, dweight, dbias,
+                           shared, partials != nullptr, dweight, dbias,
                            [&](int64_t i, A value) { dx[at + i] = from_float<T>(value); });
   }
 }

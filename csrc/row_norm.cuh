@@ -162,11 +162,12 @@ PYDL_DEVICE void normalise_any(T* y, const R* row, A* mean, A* rstd, int64_t r,
 }
 
 // Calls emit(i, dx) for a row's elements. Each thread owns its columns of dweight and dbias, which
-// are null where they are not wanted.
+// are wanted where `sums_wanted` says so.
 template <class T, class R, class A, class Emit>
 PYDL_DEVICE void normalise_backward_any(const T* upstream, const R* row, A centre, A scale,
                                         const Weights& weight, const Norm& norm, double* shared,
-                                        double* dweight, double* dbias, const Emit& emit) {
+                                        bool sums_wanted, double* dweight, double* dbias,
+                                        const Emit& emit) {
   double sums[2] = {0, 0};
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) {
@@ -184,7 +185,7 @@ PYDL_DEVICE void normalise_backward_any(const T* upstream, const R* row, A centr
     const A d = to_float(upstream[i]), xhat = (to_float(row[i]) - centre) * scale;
     const A g = weight.data != nullptr ? d * load_weight<A>(weight, i) : d;
     emit(i, scale * (((g - c1) - rest) - xhat * c2));
-    if (dweight != nullptr) {
+    if (sums_wanted) {
       dweight[i] += d * xhat;
       dbias[i] += d;
     }
