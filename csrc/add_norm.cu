@@ -23,7 +23,7 @@ PYDL_DEVICE void store_pack(R* to, const Pack<R, kPack>& pack) {
 }
 
 template <class T, class R, int kRowThreads, int kItems>
-__global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads)
+__global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads, 1)
     add_norm_fwd_kernel(T* y, R* sum, float* mean, float* rstd, const T* x, const R* residual,
                         Weights weight, Weights bias, Dropout given, Norm norm) {
   constexpr int kPack = 16 / sizeof(T);
