@@ -22,6 +22,7 @@ from rich.progress import Progress
 from bench import machine
 from bench.measure import Budget, interleaved
 from bench.options import KERNELS, Settings
+from bench.parity import several
 from pydl import backends, calibration
 from pydl.table import TABLE, Case, Make, Op
 
@@ -56,11 +57,14 @@ def ratio(op: Op, case: Case, backend: str, grad: bool, budget: Budget) -> float
         a.detach().requires_grad_(grad) if isinstance(a, torch.Tensor) else a for a in case.args
     ]
     wanted = [a for a in args if isinstance(a, torch.Tensor)]
-    dy = torch.ones_like(case.args[0])
+    with torch.no_grad():
+        dys = [torch.ones_like(out) for out in several(op.native(*args, **case.kwargs))]
 
-    def call(function: Callable[..., torch.Tensor], **more: Any) -> Callable[[], Any]:
+    def call(function: Callable[..., Any], **more: Any) -> Callable[[], Any]:
         if grad:
-            return lambda: torch.autograd.grad(function(*args, **case.kwargs, **more), wanted, dy)
+            return lambda: torch.autograd.grad(
+                several(function(*args, **case.kwargs, **more)), wanted, dys
+            )
         return lambda: function(*args, **case.kwargs, **more)
 
     with torch.set_grad_enabled(grad):

@@ -12,7 +12,7 @@ from torch import Tensor
 from pydl import backends, table
 from pydl.table import Case, Op
 
-Build = Callable[[Case], Callable[[], Tensor]]
+Build = Callable[[Case], Callable[[], Any]]
 
 # How far a peer may be off: more than a kernel of ours, for it may sum in another order or
 # approximate.
@@ -33,18 +33,28 @@ def wanted(case: Case) -> list[Tensor]:
     return [t for t in case.tensors() if t.requires_grad]
 
 
-def upstream(out: Tensor) -> Tensor:
-    """A gradient for an output, the same each time."""
-    generator = torch.Generator().manual_seed(out.numel())
-    return torch.randn(out.shape, generator=generator).to(out.dtype).to(out.device)
+def several(out: Any) -> tuple[Tensor, ...]:
+    """The outputs of a call, one or more."""
+    return out if isinstance(out, tuple) else (out,)
 
 
-def results(build: Build, case: Case, dy: Tensor | None = None) -> list[Tensor]:
-    """The output of a call and its gradients."""
+def upstream(outs: Sequence[Tensor]) -> list[Tensor]:
+    """A gradient for each output, the same each time."""
+    generator = torch.Generator().manual_seed(outs[0].numel())
+    return [
+        torch.randn(out.shape, generator=generator).to(out.dtype).to(out.device) for out in outs
+    ]
+
+
+def results(build: Build, case: Case, dys: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The outputs of a call and its gradients."""
     given = leaves(case)
-    out = build(given)()
-    dy = upstream(out.detach()) if dy is None else dy.to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, wanted(given), dy)]
+    outs = several(build(given)())
+    made = [out.detach() for out in outs]
+    if dys is None:
+        dys = upstream(made)
+    dys = [dy.to(out.dtype) for dy, out in zip(dys, outs, strict=True)]
+    return [*made, *torch.autograd.grad(outs, wanted(given), dys)]
 
 
 @contextmanager
@@ -71,17 +81,18 @@ class Gate:
     def __init__(self, op: Op, case: Case) -> None:
         self._case = case
         self._native = results(lambda c: lambda: op.native(*c.args, **c.kwargs), case)
-        self._dy = upstream(self._native[0])
+        self._outputs = len(self._native) - len(wanted(leaves(case)))
+        self._dys = upstream(self._native[: self._outputs])
         double = case.to(torch.float64)
         self._reference = results(
-            lambda c: lambda: op.reference(*c.args, **c.kwargs), double, self._dy.double()
+            lambda c: lambda: op.reference(*c.args, **c.kwargs), double, self._dys
         )
 
     def judge(self, build: Build) -> dict[str, Any]:
         """Whether a contender is right: `ok`, `checks` with errors and what is allowed, a
         `message`."""
         try:
-            got = results(build, self._case, self._dy)
+            got = results(build, self._case, self._dys)
         except Exception as error:
             # Whatever a kernel raises makes its row red, and the run goes on.
             return {"ok": False, "checks": [], "message": f"{type(error).__name__}: {error}"}
@@ -93,11 +104,12 @@ class Gate:
         return {"ok": not wrong, "checks": checks, "message": message}
 
     def _checks(self, got: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
-        names = ["output", *(f"gradient {i}" for i in range(len(got) - 1))]
+        outputs = ["output", *(f"output {i}" for i in range(1, self._outputs))]
+        names = [*outputs, *(f"gradient {i}" for i in range(len(got) - len(outputs)))]
         for name, out, reference, native in zip(
             names, got, self._reference, self._native, strict=True
         ):
-            terms = 0.0 if name == "output" else got[0].numel() / max(1, out.numel())
+            terms = 0.0 if name in outputs else got[0].numel() / max(1, out.numel())
             right, error, allowed = table.judge(out, reference, native, terms)
             yield {"what": name, "ok": right, "error": error, "allowed": allowed}
 
@@ -105,7 +117,7 @@ class Gate:
         """Why a peer does not compute the same, or None. Gradients it does not have are left to the
         timing."""
         with torch.no_grad():
-            out = build(self._case)()
+            out = several(build(self._case)())[0]
         if out.shape != self._reference[0].shape:
             return f"its output is {tuple(out.shape)}"
         _, error, allowed = table.judge(

@@ -20,7 +20,7 @@ from torch import Tensor
 from pydl.table import Case, Op
 
 Arguments = Mapping[str, Any]
-Call = Callable[[], Tensor]
+Call = Callable[[], Any]
 Counterpart = Callable[[Arguments], Call | None]
 
 
@@ -33,7 +33,7 @@ class Peer:
     module: str
     devices: tuple[str, ...]
     counterparts: Mapping[str, Counterpart] = field(default_factory=dict)
-    native: Callable[[Op], Callable[..., Tensor]] | None = None
+    native: Callable[[Op], Callable[..., Any]] | None = None
 
     def installed(self) -> bool:
         return find_spec(self.module) is not None
@@ -63,7 +63,7 @@ class Peer:
         return build
 
 
-def _compiled(op: Op) -> Callable[..., Tensor]:
+def _compiled(op: Op) -> Callable[..., Any]:
     import torch._functorch.config
 
     # Timing the backward pass alone keeps its graph, which donated buffers forbid.

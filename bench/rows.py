@@ -9,7 +9,7 @@ backend (`ms, gb_per_s, tflop_per_s, ceiling_share, speedup` by peer, `chose`); 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,16 +50,16 @@ def draw(op: Op, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Cas
         raise UnfitShape(f"{op.name} takes no shape {label(shape)}: {error}") from error
 
 
-def call(build: Build, case: Case, dy: Tensor, direction: str) -> Callable[[], Any]:
+def call(build: Build, case: Case, dys: Sequence[Tensor], direction: str) -> Callable[[], Any]:
     """One pass of a contender as a call without arguments; `forward` is to be run under no_grad."""
     if direction == "forward":
         return build(case)
     given = parity.leaves(case)
     run, inputs = build(given), parity.wanted(given)
     if direction == "both":
-        return lambda: torch.autograd.grad(run(), inputs, dy)
-    out = run()
-    return lambda: torch.autograd.grad(out, inputs, dy, retain_graph=True)
+        return lambda: torch.autograd.grad(parity.several(run()), inputs, dys)
+    outs = parity.several(run())
+    return lambda: torch.autograd.grad(outs, inputs, dys, retain_graph=True)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Field:
     op: Op
     shape: str
     case: Case
-    dy: Tensor
+    dys: list[Tensor]
     builders: dict[str, Build]
     parity: dict[str, dict[str, Any]]
     chose: dict[str, dict[str, str]]
@@ -131,8 +131,8 @@ def gather(op: Op, shape: tuple[int, ...], case: Case, settings: Settings) -> Fi
         else:
             absent[name] = reason
     with torch.no_grad():
-        dy = parity.upstream(op.native(*case.args, **case.kwargs))
-    return Field(op, label(shape), case, dy, builders, verdicts, chose, absent)
+        dys = parity.upstream(parity.several(op.native(*case.args, **case.kwargs)))
+    return Field(op, label(shape), case, dys, builders, verdicts, chose, absent)
 
 
 def _calls(field: Field, direction: str) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
@@ -140,7 +140,7 @@ def _calls(field: Field, direction: str) -> tuple[dict[str, Callable[[], Any]], 
     calls, failed = {}, {}
     for name, build in field.builders.items():
         try:
-            calls[name] = call(build, field.case, field.dy, direction)
+            calls[name] = call(build, field.case, field.dys, direction)
             with torch.set_grad_enabled(direction != "forward"):
                 calls[name]()
         except Exception as error:

@@ -45,7 +45,7 @@ def test_op(
         pytest.skip(field.absent[contender])
     benchmark.group = f"{op} {label(shape)} {dtype} {direction}"
     benchmark.name = contender
-    call = rows.call(field.builders[contender], field.case, field.dy, direction)
+    call = rows.call(field.builders[contender], field.case, field.dys, direction)
 
     def run() -> None:
         call()

@@ -1,46 +1,9 @@
 // CPU: layer_norm and rms_norm over rows, with the gradients of their weights.
-#include <cmath>
-
 #include "rowwise.h"
 
 namespace pydl {
 inline namespace PYDL_ISA {
 namespace {
-
-template <class A>
-struct Normalise {
-  Moments<A> m;
-  A scale;
-  const A *weight, *bias;
-  PYDL_HD bool by_position() const { return true; }
-  template <class V>
-  PYDL_HD void operator()(const V (&x)[1], V (&y)[1], int64_t i) const {
-    V out = ((x[0] - splat<V>(m.shift)) - splat<V>(m.rest)) * splat<V>(scale);
-    if (weight) out = out * load_as<V>(weight + i);
-    if (bias) out = out + load_as<V>(bias + i);
-    y[0] = out;
-  }
-};
-
-// in: dy, x. Adds a row's part to dweight and dbias.
-template <class A>
-struct NormaliseBackward {
-  A mean, scale;
-  Dots<A> dot;
-  const A* weight;
-  A *dweight, *dbias;
-  PYDL_HD bool by_position() const { return true; }
-  template <class V>
-  PYDL_HD void operator()(const V (&in)[2], V (&dx)[1], int64_t i) const {
-    const V xhat = (in[1] - splat<V>(mean)) * splat<V>(scale);
-    V g = in[0];
-    if (weight) g = g * load_as<V>(weight + i);
-    if (dweight) store_as(dweight + i, load_as<V>(dweight + i) + in[0] * xhat);
-    if (dbias) store_as(dbias + i, load_as<V>(dbias + i) + in[0]);
-    dx[0] =
-        splat<V>(scale) * (((g - splat<V>(dot.g)) - splat<V>(dot.rest)) - xhat * splat<V>(dot.gx));
-  }
-};
 
 // mean is null for rms_norm.
 void forward(const char* op, const Out& y, const Out* mean, const Out& rstd, const View& x,
@@ -56,9 +19,7 @@ void forward(const char* op, const Out& y, const Out* mean, const Out& rstd, con
       for (int64_t r = begin; r < end; ++r) {
         const T* from = static_cast<const T*>(x.data) + r * rows.n;
         const Moments<A> m = mean ? moments(from, rows.n) : mean_square(from, rows.n);
-        const A scale = static_cast<A>(1 / std::sqrt(m.variance + eps));
-        if (mean) static_cast<A*>(mean->data)[r] = m.shift + m.rest;
-        static_cast<A*>(rstd.data)[r] = scale;
+        const A scale = keep_moments(m, eps, mean, rstd, r);
         const Normalise<A> f{m, scale, w.data(), b.data()};
         void* const out[1] = {static_cast<T*>(y.data) + r * rows.n};
         const void* const in[1] = {from};
@@ -75,50 +36,29 @@ void backward(const char* op, const Out& dx, const Out& dweight, const Out& dbia
   const Rows rows = Rows::of(op, x, {&dx, &dy}, {mean, &rstd});
   rows.check_sums(op, {&dweight, &dbias}, partials);
   const int64_t n = rows.n;
-  const bool sums = partials.numel > 0;
-  const int64_t pieces = sums ? partials.sizes[0] : (rows.count + kRowTile - 1) / kRowTile;
   if (n == 0) return;
   dispatch_float(op, x.dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     const Parameters<A> w(op, weight, n);
     const bool past_cache = x.numel * static_cast<int64_t>(sizeof(T)) >= stream_bytes;
-    parallel_for(pieces, 1, [&](int64_t first, int64_t last) {
-      const int64_t width = n + kPad;
-      const Scratch<A> added(sums ? 2 * width : 0);
-      A* const added_weight = dweight.numel > 0 ? added.data() : nullptr;
-      A* const added_bias = dbias.numel > 0 ? added.data() + width : nullptr;
-      for (int64_t piece = first; piece < last; ++piece) {
-        double* totals = sums ? static_cast<double*>(partials.data) + piece * 2 * n : nullptr;
-        for (int64_t i = 0; totals && i < 2 * n; ++i) totals[i] = 0;
-        const Range range = Pieces::share(rows.count, pieces, piece);
-        for (int64_t r0 = range.begin; r0 < range.end; r0 += kRowTile) {
-          const int64_t r1 = range.end - r0 < kRowTile ? range.end : r0 + kRowTile;
-          for (int64_t r = r0; r < r1; ++r) {
-            const T* d = static_cast<const T*>(dy.data) + r * n;
-            const T* v = static_cast<const T*>(x.data) + r * n;
-            const A centre = mean ? static_cast<const A*>(mean->data)[r] : A(0);
-            const A scale = static_cast<const A*>(rstd.data)[r];
-            Dots<A> dot = dots(d, v, w.data(), centre, scale, n);
-            if (!mean) dot.g = dot.rest = 0;
-            const NormaliseBackward<A> f{centre, scale, dot, w.data(), added_weight, added_bias};
-            void* const out[1] = {static_cast<T*>(dx.data) + r * n};
-            const void* const in[2] = {d, v};
-            map_run<T, NormaliseBackward<A>, 1, 2>(&f, out, in, n, 0, past_cache);
-          }
-          for (int64_t i = 0; totals && i < n; ++i) {
-            totals[i] += added.data()[i];
-            totals[n + i] += added.data()[width + i];
-            added.data()[i] = added.data()[width + i] = 0;
-          }
-        }
+    over_pieces<A>(rows, dweight, dbias, partials, [&](Range tile, A* weights, A* biases) {
+      for (int64_t r = tile.begin; r < tile.end; ++r) {
+        const T* d = static_cast<const T*>(dy.data) + r * n;
+        const T* v = static_cast<const T*>(x.data) + r * n;
+        const A centre = mean ? static_cast<const A*>(mean->data)[r] : A(0);
+        const A scale = static_cast<const A*>(rstd.data)[r];
+        Dots<A> dot = dots(d, v, w.data(), centre, scale, n);
+        if (!mean) dot.g = dot.rest = 0;
+        const NormaliseBackward<A> f{centre, scale, dot, w.data(), weights, biases};
+        void* const out[1] = {static_cast<T*>(dx.data) + r * n};
+        const void* const in[2] = {d, v};
+        map_run<T, NormaliseBackward<A>, 1, 2>(&f, out, in, n, 0, past_cache);
       }
     });
   });
-  if (sums) {
-    add_pieces(op, dweight, partials, 0);
-    add_pieces(op, dbias, partials, 1);
-  }
+  add_pieces(op, dweight, partials, 0);
+  add_pieces(op, dbias, partials, 1);
 }
 
 void layer_norm_fwd(Out y, Out mean, Out rstd, View x, Maybe weight, Maybe bias, double eps) {

@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 
-#include "registry.h"
+#include "types.h"
 
 namespace pydl {
 inline namespace PYDL_ISA {
@@ -36,6 +36,13 @@ struct Rows {
     return rows;
   }
 
+  void check_same(const char* op, const Rows& other) const {
+    if (other.count != count || other.n != n) {
+      fail("%s: wants tensors of %lld rows of %lld", op, static_cast<long long>(count),
+           static_cast<long long>(n));
+    }
+  }
+
   void check_dense(const char* op, const View& x) const {
     if (x.numel == 0) return;
     if ((n > 1 && x.strides[1] != 1) || (count > 1 && x.strides[0] != n)) {
@@ -58,6 +65,19 @@ struct Rows {
     }
   }
 };
+
+// Calls body(T{}, R{}) for the dtypes of an input and of its residual: the same, or fp32 beside 16
+// bits.
+template <class Body>
+inline void dispatch_residual(const char* op, DType input, DType residual, const Body& body) {
+  dispatch_float(op, input, [&](auto zero) {
+    if (residual == input) return body(zero, zero);
+    if constexpr (sizeof(zero) == 2) {
+      if (residual == DType::f32) return body(zero, float{});
+    }
+    fail("%s: wants a residual of the input's dtype, or float32 with an input of 16 bits", op);
+  });
+}
 
 }  // namespace PYDL_ISA
 }  // namespace pydl

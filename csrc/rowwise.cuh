@@ -83,9 +83,10 @@ PYDL_DEVICE void load_weights(const Weights& w, int64_t i, float absent, float (
 }
 
 // A row as packs: thread t of a row has elements (item * kRowThreads + t) * kPack and the next few.
-template <class T, int kRowThreads, int kItems>
+template <class T, int kRowThreads, int kItems, int kPackOf = 16 / sizeof(T)>
 struct Row {
-  static constexpr int kPack = 16 / sizeof(T), kRowsPerBlock = kRowThreads == kWarp ? 8 : 1;
+  static constexpr int kPack = kPackOf, kRowsPerBlock = kRowThreads == kWarp ? 8 : 1;
+  static constexpr int kThreadsOf = kRowThreads, kItemsOf = kItems;
   static constexpr int kMost = kRowThreads * kItems * kPack;
   Pack<T, kPack> packs[kItems];
 

@@ -2,6 +2,7 @@
 // time, and the sum of the weights' gradients over the rows.
 #pragma once
 
+#include <cmath>
 #include <cstdlib>
 
 #include "channels.h"
@@ -100,18 +101,14 @@ PYDL_HD V only(V x, int64_t count) {
   }
 }
 
-// Two passes: the mean, then sums of what is left of it and of its squares.
+// Given the sum of a row: sums of what is left of the mean, and of its squares.
 template <class T>
-__attribute__((noinline)) Moments<acc_t<T>> moments(const T* x, int64_t n) {
+__attribute__((noinline)) Moments<acc_t<T>> moments_from(double sum, const T* x, int64_t n) {
   using V = typename Lanes<T>::type;
   using A = acc_t<T>;
   V first[4] = {}, second[4] = {};
   double total = 0, squares = 0;
-  over_row<T>(
-      n, [&](int k, int64_t i, int64_t count) { first[k] += load_some(x + i, count); },
-      [&] { total += take(first); });
-  const A shift = static_cast<A>(total / static_cast<double>(n));
-  total = 0;
+  const A shift = static_cast<A>(sum / static_cast<double>(n));
   over_row<T>(
       n,
       [&](int k, int64_t i, int64_t count) {
@@ -128,6 +125,17 @@ __attribute__((noinline)) Moments<acc_t<T>> moments(const T* x, int64_t n) {
   return {shift, static_cast<A>(rest), variance < 0 ? 0 : variance};
 }
 
+template <class T>
+__attribute__((noinline)) Moments<acc_t<T>> moments(const T* x, int64_t n) {
+  using V = typename Lanes<T>::type;
+  V sums[4] = {};
+  double total = 0;
+  over_row<T>(
+      n, [&](int k, int64_t i, int64_t count) { sums[k] += load_some(x + i, count); },
+      [&] { total += take(sums); });
+  return moments_from(total, x, n);
+}
+
 // The mean of the squares, as a variance about 0.
 template <class T>
 __attribute__((noinline)) Moments<acc_t<T>> mean_square(const T* x, int64_t n) {
@@ -142,6 +150,16 @@ __attribute__((noinline)) Moments<acc_t<T>> mean_square(const T* x, int64_t n) {
       },
       [&] { total += take(sums); });
   return {0, 0, total / static_cast<double>(n)};
+}
+
+// Writes a row's mean (where it is wanted) and scale, and returns the scale.
+template <class A>
+inline A keep_moments(const Moments<A>& m, double eps, const View* mean, const View& rstd,
+                      int64_t row) {
+  const A scale = static_cast<A>(1 / std::sqrt(m.variance + eps));
+  if (mean) static_cast<A*>(mean->data)[row] = m.shift + m.rest;
+  static_cast<A*>(rstd.data)[row] = scale;
+  return scale;
 }
 
 // The means of g = dy w, as g + rest, and of g xhat, xhat = (x - mean) scale.
@@ -172,6 +190,70 @@ __attribute__((noinline)) Dots<acc_t<T>> dots(const T* dy, const T* x, const acc
   const double mean_g = g_total / static_cast<double>(n);
   const A g = static_cast<A>(mean_g);
   return {g, static_cast<A>(mean_g - g), static_cast<A>(gx_total / static_cast<double>(n))};
+}
+
+template <class A>
+struct Normalise {
+  Moments<A> m;
+  A scale;
+  const A *weight, *bias;
+  PYDL_HD bool by_position() const { return true; }
+  template <class V>
+  PYDL_HD void operator()(const V (&x)[1], V (&y)[1], int64_t i) const {
+    V out = ((x[0] - splat<V>(m.shift)) - splat<V>(m.rest)) * splat<V>(scale);
+    if (weight) out = out * load_as<V>(weight + i);
+    if (bias) out = out + load_as<V>(bias + i);
+    y[0] = out;
+  }
+};
+
+// in: dy, x. Adds a row's part to dweight and dbias.
+template <class A>
+struct NormaliseBackward {
+  A mean, scale;
+  Dots<A> dot;
+  const A* weight;
+  A *dweight, *dbias;
+  PYDL_HD bool by_position() const { return true; }
+  template <class V>
+  PYDL_HD void operator()(const V (&in)[2], V (&dx)[1], int64_t i) const {
+    const V xhat = (in[1] - splat<V>(mean)) * splat<V>(scale);
+    V g = in[0];
+    if (weight) g = g * load_as<V>(weight + i);
+    if (dweight) store_as(dweight + i, load_as<V>(dweight + i) + in[0] * xhat);
+    if (dbias) store_as(dbias + i, load_as<V>(dbias + i) + in[0]);
+    dx[0] =
+        splat<V>(scale) * (((g - splat<V>(dot.g)) - splat<V>(dot.rest)) - xhat * splat<V>(dot.gx));
+  }
+};
+
+// Calls body(rows, weights, biases) for tiles of rows, in pieces of partials (pieces, 2, n). `body`
+// adds its rows' part of dweight and dbias to those numbers; null is not wanted.
+template <class A, class Body>
+inline void over_pieces(const Rows& rows, const View& dweight, const View& dbias,
+                        const View& partials, const Body& body) {
+  const int64_t n = rows.n;
+  const bool sums = partials.numel > 0;
+  const int64_t pieces = sums ? partials.sizes[0] : (rows.count + kRowTile - 1) / kRowTile;
+  parallel_for(pieces, 1, [&](int64_t first, int64_t last) {
+    const int64_t width = n + kPad;
+    const Scratch<A> added(sums ? 2 * width : 0);
+    A* const weights = dweight.numel > 0 ? added.data() : nullptr;
+    A* const biases = dbias.numel > 0 ? added.data() + width : nullptr;
+    for (int64_t piece = first; piece < last; ++piece) {
+      double* totals = sums ? static_cast<double*>(partials.data) + piece * 2 * n : nullptr;
+      for (int64_t i = 0; totals && i < 2 * n; ++i) totals[i] = 0;
+      const Range range = Pieces::share(rows.count, pieces, piece);
+      for (int64_t r0 = range.begin; r0 < range.end; r0 += kRowTile) {
+        body(Range{r0, range.end - r0 < kRowTile ? range.end : r0 + kRowTile}, weights, biases);
+        for (int64_t i = 0; totals && i < n; ++i) {
+          totals[i] += added.data()[i];
+          totals[n + i] += added.data()[width + i];
+          added.data()[i] = added.data()[width + i] = 0;
+        }
+      }
+    }
+  });
 }
 
 // out[i] = the sum over pieces of partials (pieces, 2, n) at `which`, in a fixed order.

@@ -38,7 +38,8 @@ class Rule:
             needed where `saves` is, else derived from `reference`.
         pointwise: All tensors have the output's shape and elements do not meet.
         extras: How many tensors come along with the outputs for backward, not differentiable.
-        outputs: How many differentiable outputs there are.
+        outputs: How many differentiable outputs there are; of several, each has the dtype of the
+            tensor in its place among the arguments.
         wide_outputs: How many of the last of them are in what is computed in, fp32 at least.
     """
 
@@ -76,7 +77,10 @@ def in_reference(rule: Rule, *args: Any) -> Any:
     out = rule.reference(*(wide(t) for t in tensors), *args[rule.tensors :])
     if rule.outputs > 1:
         narrow = rule.outputs - rule.wide_outputs
-        return tuple(one.to(tensors[0].dtype) if i < narrow else one for i, one in enumerate(out))
+        return tuple(
+            one.to(t.dtype) if i < narrow else one
+            for i, (one, t) in enumerate(zip(out, tensors, strict=False))
+        )
     return out.to(tensors[0].dtype)
 
 
@@ -196,6 +200,8 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
         def backward(ctx, *dys):
             saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n]
             dys = dys[:outputs]
+            if all(dy is None for dy in dys):
+                return (None,) * (1 + n + len(ctx.scalars))
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = Backward.apply(ctx.backend, needs, len(saved), *dys, *saved, *ctx.scalars)
             else:

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,24 +31,29 @@ class Result(NamedTuple):
 
 @dataclass
 class Expected:
-    """What a call gives, (output, gradients…): its definition in fp64, and native PyTorch."""
+    """What a call gives, (outputs…, gradients…): its definition in fp64, and native PyTorch."""
 
     reference: list[Tensor]
     native: list[Tensor]
 
 
-def run(function: Callable[..., Tensor], case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """The output of a call and the gradient of every floating tensor; dy is random, of values that
+def run(function: Callable[..., Any], case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """The outputs of a call and the gradient of every floating tensor; dy is random, of values that
     `dtype` holds."""
     tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in case.tensors()]
     given = iter(tensors)
     args = (next(given) if isinstance(a, Tensor) else a for a in case.args)
     out = function(*args, **case.kwargs)
-    drawn = torch.randn(
-        out.shape, generator=torch.Generator().manual_seed(out.numel()), dtype=torch.float64
-    )
-    dy = drawn.to(dtype).to(out.device, out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, [t for t in tensors if t.requires_grad], dy)]
+    outs = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(outs[0].numel())
+    dys = [
+        torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .to(out.device, out.dtype)
+        for out in outs
+    ]
+    grads = torch.autograd.grad(outs, [t for t in tensors if t.requires_grad], dys)
+    return [*(out.detach() for out in outs), *grads]
 
 
 def expected(op: Op, case: Case) -> Expected:
@@ -73,15 +78,16 @@ def compare(op: Op, backend: str, case: Case, wanted: Expected | None = None) ->
     dtype = case.tensors()[0].dtype
     got = run(functools.partial(op.function, backend=backend), case, dtype)
     results = []
+    outputs = len(got) - sum(t.is_floating_point() for t in case.tensors())
     for i, (out, reference, native) in enumerate(
         zip(got, wanted.reference, wanted.native, strict=True)
     ):
         terms = 0.0
-        if i > 0 and out.shape == reference.shape:
+        if i >= outputs and out.shape == reference.shape:
             terms = got[0].numel() / max(1, out.numel())
             known = native.isfinite() & reference.isfinite()
             out, reference, native = out[known], reference[known], native[known]
-        what = f"gradient {i - 1}" if i else "output"
+        what = f"gradient {i - outputs}" if i >= outputs else f"output {i}" if i else "output"
         results.append(Result(what, *judge(out, reference, native, terms)))
     return results
 

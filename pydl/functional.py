@@ -14,6 +14,7 @@ from pydl.ops.activation import (
     swish,
     tanh,
 )
+from pydl.ops.add_norm import add_layer_norm, add_rms_norm
 from pydl.ops.batch_norm import batch_norm, batch_norm_act, group_norm, instance_norm
 from pydl.ops.bias_act import bias_act
 from pydl.ops.dot_product import (
@@ -25,6 +26,8 @@ from pydl.ops.gated_act import gated_act
 from pydl.ops.layer_norm import layer_norm, rms_norm
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "batch_norm",
     "batch_norm_act",
     "bias_act",

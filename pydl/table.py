@@ -90,7 +90,7 @@ class Op:
     Attributes:
         name: The public function's name in `pydl.functional`.
         family: The stem that names its files.
-        function: The public function; takes `backend=`.
+        function: The public function; takes `backend=`. Returns a tensor, or a tuple of some.
         reference: The plain definition, called with the same arguments without `backend`.
         native: What a user of torch would call instead, with the same arguments.
         samples: Draws the calls that every test and check loops over.
@@ -103,9 +103,9 @@ class Op:
 
     name: str
     family: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    native: Callable[..., Tensor]
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    native: Callable[..., Any]
     samples: Callable[[Make], Iterable[Case]]
     bench: Callable[[Make, tuple[int, ...]], Case]
     bench_shapes: tuple[tuple[int, ...], ...]

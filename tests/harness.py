@@ -100,7 +100,7 @@ def moderate(case: Case, most: int, bound: float = 30.0) -> bool:
     )  # fmt: skip
 
 
-def on(op: Op, backend: str | None) -> Callable[..., Tensor]:
+def on(op: Op, backend: str | None) -> Callable[..., Any]:
     """The op's function with its backend chosen."""
     return functools.partial(op.function, backend=backend)
 
@@ -121,12 +121,35 @@ def smooth(op: Op) -> Callable[..., Any]:
     return op.reference if op.family == "attention" else op.native
 
 
+def several(out: Any) -> tuple[Tensor, ...]:
+    """The outputs of a call, one or more."""
+    return out if isinstance(out, tuple) else (out,)
+
+
+def joined(out: Any) -> Tensor:
+    """The output of a call; all values of several outputs as one tensor."""
+    return out if isinstance(out, Tensor) else torch.cat([one.reshape(-1) for one in out])
+
+
+def called(
+    function: Callable[..., Any], case: Case, given: Sequence[Tensor], **options: object
+) -> tuple[Tensor, ...]:
+    """The outputs of the case's call with other tensors."""
+    return several(function(*bind(case, given), **case.kwargs, **options))
+
+
+def outputs_of(results: Sequence[Tensor], case: Case) -> int:
+    """How many of what `run` returns are outputs; gradients follow."""
+    return len(results) - len(case.tensors())
+
+
 DY = ("like", "contiguous", "expanded", "transposed")
 
 
-def upstream(out: Tensor, dtype: torch.dtype, how: str = "like") -> Tensor:
-    """A gradient for `out`, laid out like it or otherwise, of values that `dtype` holds."""
-    generator = torch.Generator().manual_seed(out.numel())
+def upstream(out: Tensor, dtype: torch.dtype, how: str = "like", which: int = 0) -> Tensor:
+    """A gradient for `out`, the output of number `which`, laid out like it or otherwise, of values
+    that `dtype` holds."""
+    generator = torch.Generator().manual_seed(out.numel() + (which << 40))
     drawn = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
     if how == "expanded":
         drawn = drawn.reshape(-1)[0].expand(out.shape) if out.numel() else drawn
@@ -139,14 +162,19 @@ def upstream(out: Tensor, dtype: torch.dtype, how: str = "like") -> Tensor:
     return drawn
 
 
+def upstreams(outs: Sequence[Tensor], dtype: torch.dtype, how: str = "like") -> list[Tensor]:
+    """A gradient for each output, all different."""
+    return [upstream(out.detach(), dtype, how, i) for i, out in enumerate(outs)]
+
+
 def run(
-    function: Callable[..., Tensor], case: Case, dtype: torch.dtype, how: str = "like"
+    function: Callable[..., Any], case: Case, dtype: torch.dtype, how: str = "like"
 ) -> list[Tensor]:
-    """The output and the gradient of every tensor; the upstream gradient has values of `dtype`."""
+    """All outputs, then the gradient of every tensor; upstream gradients have values of `dtype`."""
     given = leaves(case)
-    out = function(*bind(case, given), **case.kwargs)
-    grads = torch.autograd.grad(out, given, upstream(out.detach(), dtype, how))
-    return [out.detach(), *grads]
+    outs = called(function, case, given)
+    grads = torch.autograd.grad(outs, given, upstreams(outs, dtype, how))
+    return [*(out.detach() for out in outs), *grads]
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -180,7 +208,7 @@ def plain(op: Op) -> Case:
 
 def by_rows(op: Op) -> bool:
     """Whether elements of a row meet."""
-    return op.family in ("layer_norm", "batch_norm", "attention")
+    return op.family in ("layer_norm", "add_norm", "batch_norm", "attention")
 
 
 def terms(op: Op, case: Case, out: Tensor, grad: Tensor) -> float:
@@ -239,13 +267,15 @@ def judged_gradient(
 def compare(
     got: Sequence[Tensor], op: Op, case: Case, dtype: torch.dtype, how: str = "like"
 ) -> list[str]:
-    """Complaints about an output and its gradients: the judge's, all of them."""
+    """Complaints about outputs and gradients: the judge's, all of them."""
     wanted = run(op.reference, case.to(torch.float64), dtype, how)
     native = run(op.native, case, dtype, how)
     whole = by_rows(op)
-    complaints = judged("output", got[0], wanted[0], native[0], whole=whole)
+    complaints, outs = [], outputs_of(got, case)
+    for i in range(outs):
+        complaints += judged(f"output {i}", got[i], wanted[i], native[i], whole=whole)
     for i, x in enumerate(case.tensors()):
-        grad, want, same = got[1 + i], wanted[1 + i], native[1 + i]
+        grad, want, same = got[outs + i], wanted[outs + i], native[outs + i]
         count = terms(op, case, got[0], grad)
         complaints += judged_gradient(f"gradient {i}", grad, want, same, x, count, whole)
     return complaints

@@ -13,9 +13,9 @@ from tests import harness
 def _run(function: Callable, case: Case, device: str, **options: object) -> list[torch.Tensor]:
     given = harness.leaves(case)
     with torch.autocast(device, dtype=torch.bfloat16):
-        out = function(*harness.bind(case, given), **case.kwargs, **options)
-    grads = torch.autograd.grad(out, given, harness.upstream(out.detach(), torch.bfloat16))
-    return [out.detach(), *grads]
+        outs = harness.called(function, case, given, **options)
+    grads = torch.autograd.grad(outs, given, harness.upstreams(outs, torch.bfloat16))
+    return [*(out.detach() for out in outs), *grads]
 
 
 def test_autocast(op: Op, dtype: torch.dtype, backend: str) -> None:
@@ -31,11 +31,12 @@ def test_autocast(op: Op, dtype: torch.dtype, backend: str) -> None:
         if got[0].dtype != wanted:
             complaints.append(f"{case.label}: {got[0].dtype}, wants {wanted}")
             continue
-        if any(g.dtype != t.dtype for g, t in zip(got[1:], case.tensors(), strict=True)):
-            complaints.append(f"{case.label}: a gradient is {[g.dtype for g in got[1:]]}")
+        grads = got[harness.outputs_of(got, case) :]
+        if any(g.dtype != t.dtype for g, t in zip(grads, case.tensors(), strict=True)):
+            complaints.append(f"{case.label}: a gradient is {[g.dtype for g in grads]}")
         same = case.to(wanted) if lowered else case
         plain = harness.run(harness.on(op, backend), same, torch.bfloat16)
-        if not harness.same_bits(got[0], plain[0]):
+        if not all(map(harness.same_bits, got[: -len(grads)], plain[: -len(grads)])):
             complaints.append(f"{case.label}: other values than in {wanted}")
         if hasattr(torch.nn.functional, op.name):
             native = _run(op.native, case, device)[0].dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def _variants(op: Op, backend: str) -> list[Case]:
     return list(chosen.values())
 
 
-def _caller(op: Op, case: Case, backend: str | None) -> Callable[..., torch.Tensor]:
+def _caller(op: Op, case: Case, backend: str | None) -> Callable[..., Any]:
     """The call as a function of its tensors, closed over nothing else that has a size."""
     pattern: list[tuple[int, object]] = []
     for arg in case.args:
@@ -70,17 +71,17 @@ def _complaints(op: Op, by: str | None, case: Case, **options: object) -> list[s
     """Where a compiled call differs from an eager one, forward or backward."""
     plain = _caller(op, case, by)
 
-    def call(*given: torch.Tensor) -> torch.Tensor:
-        return plain(*given) * 2
+    def call(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(out * 2 for out in harness.several(plain(*given)))
 
     results = []
     for function in (call, torch.compile(call, fullgraph=True, **options)):
         given = harness.leaves(case)
-        out = function(*given)
-        dy = harness.upstream(out.detach(), torch.float32)
-        results.append([out.detach(), *torch.autograd.grad(out, given, dy)])
+        outs = function(*given)
+        grads = torch.autograd.grad(outs, given, harness.upstreams(outs, torch.float32))
+        results.append([*(out.detach() for out in outs), *grads])
         with torch.no_grad():
-            results[-1].append(function(*given))
+            results[-1] += function(*given)
     complaints = []
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         if a.dtype != b.dtype or harness.strides(a) != harness.strides(b):
@@ -157,11 +158,10 @@ def _graphs_for_sizes(op: Op, how: str) -> int:
             for t in given:
                 if t.shape[0] == rows:
                     torch._dynamo.mark_dynamic(t, 0)
-        out = compiled(*given)
-        dy = harness.upstream(out.detach(), torch.float32)
-        grads = torch.autograd.grad(out, given, dy)
+        outs = harness.several(compiled(*given))
+        grads = torch.autograd.grad(outs, given, harness.upstreams(outs, torch.float32))
         for a, b in zip(
-            [out.detach(), *grads],
+            [*(out.detach() for out in outs), *grads],
             harness.run(harness.on(op, "cpu"), case, torch.float32),
             strict=True,
         ):
@@ -242,12 +242,12 @@ def test_export(op: Op) -> None:
     call = _caller(op, case, "cpu")
 
     class Model(torch.nn.Module):
-        def forward(self, *given: torch.Tensor) -> torch.Tensor:
-            return call(*given)
+        def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return harness.several(call(*given))
 
     tensors = tuple(case.tensors())
     exported = torch.export.export(Model(), tensors)
-    assert torch.equal(exported.module()(*tensors), Model()(*tensors))
+    assert all(map(torch.equal, exported.module()(*tensors), Model()(*tensors)))
     assert any("pydl_cpu" in str(node.target) for node in exported.graph.nodes)
 
 

@@ -21,7 +21,7 @@ def _checked(
 ) -> str:
     """What gradcheck has against a call; empty for nothing."""
 
-    def call(*given: torch.Tensor) -> torch.Tensor:
+    def call(*given: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         return op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
 
     try:
@@ -52,10 +52,10 @@ def test_gradcheck(op: Op, backend: str, check: Callable) -> None:
 def _penalty(function: Callable, case: Case) -> list[torch.Tensor]:
     """Gradients of a penalty on the norm of the input's gradient, as a WGAN's critic is trained."""
     given = harness.leaves(case)
-    out = function(*harness.bind(case, given), **case.kwargs)
-    weight = torch.linspace(-1, 1, out.shape[-1], dtype=given[0].dtype, device=given[0].device)
+    outs = harness.called(function, case, given)
+    weight = torch.linspace(-1, 1, outs[0].shape[-1], dtype=given[0].dtype, device=given[0].device)
     weight.requires_grad_()
-    score = out * weight
+    score = harness.joined(tuple(out * weight for out in outs))
     (slope,) = torch.autograd.grad(score.sum(), given[:1], create_graph=True)
     penalty = ((slope.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
     grads = torch.autograd.grad(penalty + score.mean(), [*given, weight], allow_unused=True)
@@ -91,7 +91,7 @@ def _three_times(function: Callable, case: Case) -> list[torch.Tensor]:
     given = harness.leaves(case)
     x, *parameters = given
     shared = [x, *(p * (1 + 0.1 * x.mean()) for p in parameters)]
-    value = function(*harness.bind(case, shared), **case.kwargs).square().sum()
+    value = harness.joined(function(*harness.bind(case, shared), **case.kwargs)).square().sum()
     found = []
     for _ in range(3):
         grads = torch.autograd.grad(value, given, create_graph=True, allow_unused=True)
@@ -235,11 +235,11 @@ def test_needs_input_grad(op: Op, backend: str) -> None:
     for case in op.cases(torch.float32, harness.device(backend)):
         if not harness.moderate(case, harness.affordable(backend, 6000)) or len(case.tensors()) < 2:
             continue
-        everything = harness.run(harness.on(op, backend), case, torch.float32)[1:]
-        for i, wanted in enumerate(everything):
+        everything = harness.run(harness.on(op, backend), case, torch.float32)
+        for i, wanted in enumerate(everything[harness.outputs_of(everything, case) :]):
             given = [t.detach().requires_grad_(k == i) for k, t in enumerate(case.tensors())]
-            out = op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
-            out.backward(harness.upstream(out.detach(), torch.float32))
+            outs = harness.called(op.function, case, given, backend=backend)
+            torch.autograd.backward(outs, harness.upstreams(outs, torch.float32))
             if any(t.grad is not None for k, t in enumerate(given) if k != i):
                 complaints.append(f"{case.label}: a gradient that was not asked for")
             if not harness.same_bits(given[i].grad, wanted):
@@ -258,7 +258,7 @@ def test_saved_bytes(op: Op, backend: str, cases: Callable[..., list]) -> None:
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, s=saved: s.append(t) or t, lambda t: t
         ):
-            out = op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
+            outs = harness.called(op.function, case, given, backend=backend)
         held = {t.untyped_storage().data_ptr(): t for t in [*given, *case.kwargs.values()]
                 if isinstance(t, torch.Tensor)}  # fmt: skip
         wanted = sum(
@@ -266,22 +266,24 @@ def test_saved_bytes(op: Op, backend: str, cases: Callable[..., list]) -> None:
             if isinstance(t, torch.Tensor) and t.is_floating_point()
         )  # fmt: skip
         if op.name in SAVES_OUTPUT and not any(isinstance(a, float) and a < 0 for a in case.args):
-            held = {out.untyped_storage().data_ptr(): out}
-            wanted = out.numel()
+            held = {outs[0].untyped_storage().data_ptr(): outs[0]}
+            wanted = outs[0].numel()
+        if op.family == "add_norm":  # the second output in place of both inputs
+            held |= {outs[1].untyped_storage().data_ptr(): outs[1]}
+            wanted -= outs[1].numel()
         foreign = [t for t in saved if t.numel() and t.untyped_storage().data_ptr() not in held]
         if "norm" in op.family:  # two or three numbers a row, channel or group, too
             numbers = {t.numel() for t in foreign}
-            most = 2 if op.family == "layer_norm" else 3
+            most = 3 if op.family == "batch_norm" else 2
             if len(numbers) == 1 and len(foreign) <= most:
                 wanted += sum(t.numel() for t in foreign)
                 foreign = []
         if op.family == "attention":  # the output, and two numbers a row, too
-            rows = out.numel() // max(1, out.shape[-1])
+            elements, rows = outs[0].numel(), outs[0].numel() // max(1, outs[0].shape[-1])
             foreign = [
-                t for t in foreign
-                if t.is_floating_point() and t.numel() not in (out.numel(), rows)
-            ]  # fmt: skip
-            wanted += out.numel() + 2 * rows
+                t for t in foreign if t.is_floating_point() and t.numel() not in (elements, rows)
+            ]
+            wanted += elements + 2 * rows
         floats = sum(t.numel() for t in saved if t.is_floating_point())
         if foreign or floats > wanted:
             shapes = [tuple(t.shape) for t in saved]
@@ -294,9 +296,10 @@ def test_expanded_upstream(op: Op, backend: str, cases: Callable[..., list]) -> 
     complaints = []
     for case in cases(op, backend, torch.float32):
         given = harness.leaves(case)
-        out = op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
-        ones = torch.autograd.grad(out, given, torch.ones_like(out), retain_graph=True)
-        sums = torch.autograd.grad(out.sum(), given)
+        outs = harness.called(op.function, case, given, backend=backend)
+        upstream = [torch.ones_like(out) for out in outs]
+        ones = torch.autograd.grad(outs, given, upstream, retain_graph=True)
+        sums = torch.autograd.grad([out.sum() for out in outs], given)
         if not all(map(harness.same_bits, ones, sums)):
             complaints.append(case.label)
     assert not complaints, harness.summary(complaints)

@@ -79,6 +79,15 @@ def test_saves_no_more_than_it_needs() -> None:
     assert sum(t.numel() for t in saved if t is not None) == 64 * 256 + 256 + 2 * 64
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_the_output_may_be_changed_in_place(name: str) -> None:
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    y = getattr(functional, name)(x, (8,), backend="cpu")
+    y += 1
+    torch.nn.functional.relu(y, inplace=True).sum().backward()
+    assert x.grad is not None
+
+
 def test_replace_knows_them() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.RMSNorm(16))
     x = torch.randn(5, 8)

@@ -18,7 +18,7 @@ ARCHS = ("80", "90a", "100")
 # Kernels of the 16-byte way; the others serve what is strided, misaligned or rare.
 _WIDE = re.compile(
     r"map_flat_kernel|(map_strided|sum_(rows|columns))_kernel.*Li[48]EE"
-    r"|(apply|dx)_kernel.*Li[48]ELb"
+    r"|(apply|dx)_kernel.*Li[48]ELb|norm_(fwd|bwd)_kernel"
 )
 
 

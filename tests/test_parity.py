@@ -100,12 +100,12 @@ def test_saved_tensors(
 
         given = harness.leaves(case)
         with torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor):
-            out = op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
-        dy = harness.upstream(out.detach(), dtype)
-        for tensor in (out, dy):
+            outs = harness.called(op.function, case, given, backend=backend)
+        dys = harness.upstreams(outs, dtype)
+        for tensor in (*outs, *dys):
             watch(tensor)
         for _ in range(2):
-            torch.autograd.grad(out, given, dy, retain_graph=True)
+            torch.autograd.grad(outs, given, dys, retain_graph=True)
         for tensor, was, version in saved:
             if tensor._version != version or not torch.equal(harness.bits(tensor), was):
                 complaints.append(f"{case.label}: a saved tensor of {tuple(tensor.shape)} changed")
@@ -116,15 +116,13 @@ def test_without_gradient(op: Op, backend: str, cases: Callable[..., list]) -> N
     """Under no_grad and inference_mode the values are the same bits, and carry no graph."""
     complaints = []
     for case in cases(op, backend, torch.float32, share=0.2):
-        wanted = op.function(
-            *harness.bind(case, harness.leaves(case)), backend=backend, **case.kwargs
-        )
+        wanted = harness.called(op.function, case, harness.leaves(case), backend=backend)
         for mode in (torch.no_grad(), torch.inference_mode()):
             with mode:
-                got = op.function(
-                    *harness.bind(case, harness.leaves(case)), backend=backend, **case.kwargs
-                )
-            if got.requires_grad or not harness.same_bits(got, wanted):
+                got = harness.called(op.function, case, harness.leaves(case), backend=backend)
+            if any(one.requires_grad for one in got) or not all(
+                map(harness.same_bits, got, wanted)
+            ):
                 complaints.append(f"{case.label} under {type(mode).__name__}")
     assert not complaints, harness.summary(complaints)
 

@@ -78,8 +78,9 @@ def calls(draw: st.DrawFn, op: Op) -> tuple[Case, torch.dtype]:
     return Case(f"{case.label} {dtype}", harness.bind(case, tensors), case.kwargs), dtype
 
 
-def _population(op: Op, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition and native PyTorch on many ordinary values, with the call's further arguments.
+def _population(op: Op, case: Case, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The definition and native PyTorch, output by output, on many ordinary values, with the call's
+    further arguments.
 
     The judge compares largest errors; a handful of elements say little about native PyTorch's.
     """
@@ -91,9 +92,10 @@ def _population(op: Op, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, t
         tensors = []
     try:
         many = Case("", harness.bind(case, tensors), {})
-        return op.reference(*many.to(torch.float64).args), op.native(*many.args)
+        wanted, native = op.reference(*many.to(torch.float64).args), op.native(*many.args)
     except (RuntimeError, ValueError, StopIteration):
-        return x.double()[:0], x[:0]
+        return []
+    return [*zip(harness.several(wanted), harness.several(native), strict=True)]
 
 
 def _judged(op: Op, backend: str, case: Case, dtype: torch.dtype, how: str) -> list[str]:
@@ -107,20 +109,28 @@ def _judged(op: Op, backend: str, case: Case, dtype: torch.dtype, how: str) -> l
     ]  # fmt: skip
     if complaints:
         return complaints
-    more_wanted, more_native = _population(op, case, dtype)
-    complaints = harness.judged(
-        "output",
-        torch.cat([got[0].reshape(-1), more_native.reshape(-1)]),
-        torch.cat([wanted[0].reshape(-1), more_wanted.reshape(-1)]),
-        torch.cat([native[0].reshape(-1), more_native.reshape(-1)]),
-        whole=harness.by_rows(op),
-    )
-    if harness.strides(got[0]) != harness.strides(native[0]):
-        complaints.append(f"output has strides {got[0].stride()}, torch's {native[0].stride()}")
+    outs = harness.outputs_of(got, case)
+    many = _population(op, case, dtype)
+    for i in range(outs):
+        more_wanted, more_native = wanted[i].new_empty(0), native[i].new_empty(0)
+        if many and many[i][1].dtype == native[i].dtype:
+            more_wanted, more_native = many[i]
+        complaints += harness.judged(
+            f"output {i}",
+            torch.cat([got[i].reshape(-1), more_native.reshape(-1)]),
+            torch.cat([wanted[i].reshape(-1), more_wanted.reshape(-1)]),
+            torch.cat([native[i].reshape(-1), more_native.reshape(-1)]),
+            whole=harness.by_rows(op),
+        )
+        if harness.strides(got[i]) != harness.strides(native[i]):
+            complaints.append(
+                f"output {i} has strides {got[i].stride()}, torch's {native[i].stride()}"
+            )
     for i, x in enumerate(case.tensors()):
         terms = max(4.0, harness.terms(op, case, got[0], x))
+        grads = (one[outs + i] for one in (got, wanted, native))
         complaints += harness.judged_gradient(
-            f"gradient {i}", got[1 + i], wanted[1 + i], native[1 + i], x, terms, harness.by_rows(op)
+            f"gradient {i}", *grads, x, terms, harness.by_rows(op)
         )
     return complaints
 

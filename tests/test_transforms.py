@@ -24,8 +24,10 @@ def _calls(op: Op, backend: str, dtype: torch.dtype = torch.float32, most: int =
 
 
 def _function(function: Callable, case: Case, **options: object) -> Callable[..., torch.Tensor]:
-    """The call as a function of its tensors."""
-    return lambda *given: function(*harness.bind(case, given), **case.kwargs, **options)
+    """The call as a function of its tensors, with several outputs joined."""
+    return lambda *given: harness.joined(
+        function(*harness.bind(case, given), **case.kwargs, **options)
+    )
 
 
 def _compared(
@@ -135,7 +137,7 @@ def test_hessian(op: Op, backend: str) -> None:
     torch's layer_norm takes mean and scale for constants in what its weight's gradient depends on:
     its Hessian is not symmetric, and the definition's is right.
     """
-    right = op.reference if op.name == "layer_norm" else None
+    right = op.reference if op.name in ("layer_norm", "add_layer_norm") else None
     found = _compared(op, backend, _hessian, most=40, right=right)
     assert not found, harness.summary(found)
 
@@ -177,10 +179,10 @@ def test_dual_numbers_with_a_graph(op: Op, backend: str) -> None:
         with forward_ad.dual_level():
             given = harness.leaves(case)
             duals = [forward_ad.make_dual(t, torch.cos(t)) for t in given]
-            out = op.function(*harness.bind(case, duals), backend=backend, **case.kwargs)
-            primal, tangent = forward_ad.unpack_dual(out)
-            assert tangent is not None
-            dy = harness.upstream(primal.detach(), torch.float32)
-            grads = torch.autograd.grad(primal, given, dy)
-        for a, b in zip([primal.detach(), *grads], wanted, strict=True):
+            outs = harness.called(op.function, case, duals, backend=backend)
+            unpacked = [forward_ad.unpack_dual(out) for out in outs]
+            assert all(tangent is not None for _, tangent in unpacked)
+            primals = [primal for primal, _ in unpacked]
+            grads = torch.autograd.grad(primals, given, harness.upstreams(primals, torch.float32))
+        for a, b in zip([*(p.detach() for p in primals), *grads], wanted, strict=True):
             torch.testing.assert_close(a, b)

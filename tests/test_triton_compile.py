@@ -92,9 +92,33 @@ KERNELS = {
         {"TOTALS": True, "DBIAS": True, "DWEIGHT": True, "ROWS": 32, "COLUMNS": 8},
     ),
     "group_sums": ("channel_norm", "group_sums_kernel", {"WEIGHT": True, "BLOCK": 128}),
+    **{
+        f"add_norm_fwd{label}": (
+            "add_norm",
+            "fwd_kernel",
+            {"CENTRED": True, "WEIGHT": True, "BIAS": True, **options, "BLOCK": 1024},
+        )
+        for label, options in {
+            "": {"DROPOUT": False, "ONE": True},
+            " dropout": {"DROPOUT": True, "ONE": True},
+            " long": {"DROPOUT": True, "ONE": False},
+        }.items()
+    },
+    **{
+        f"add_norm_bwd{label}": (
+            "add_norm",
+            f"bwd{'_long' if 'long' in label else ''}_kernel",
+            {"CENTRED": True, "WEIGHT": True, "SUMS": True, **options, "BLOCK": 1024},
+        )
+        for label, options in {
+            "": {"MORE": True, "TWO": False, "DROPOUT": False},
+            " dropout": {"MORE": True, "TWO": True, "DROPOUT": True},
+            " long": {"MORE": True, "TWO": True, "DROPOUT": True},
+        }.items()
+    },
     "add_partials": ("common", "add_partials_kernel", {"BLOCK": 32}),
 }
-_FLOATS = {"p", "scale", "eps"}
+_FLOATS = {"p", "scale", "eps", "factor"}
 _COUNTS = {
     "n",
     "rows",

@@ -31,7 +31,7 @@ from pydl.nn.blocks import (
     StandardResBlock,
 )
 from pydl.nn.gated import GEGLU, GLU, BiasAct, GatedAct, MishGLU, ReGLU, SwiGLU
-from pydl.nn.norm import LayerNorm, RMSNorm
+from pydl.nn.norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from pydl.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -40,6 +40,8 @@ __all__ = [
     "GELU",
     "GLU",
     "SELU",
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from pydl import functional as F
@@ -49,3 +51,101 @@ class RMSNorm(HasBackend, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, backend=self.backend)
+
+
+def _checked(name: str, dropout_p: float) -> float:
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"pydl: {name}: dropout_p is {dropout_p}, wants 0 to 1")
+    return dropout_p
+
+
+class AddLayerNorm(HasBackend, nn.LayerNorm):
+    """Residual and layer normalisation in one pass: `(layer_norm(h), h)` of
+    `h = residual + dropout(x)`.
+
+    Called `y, residual = module(x, residual)`, where a block of a transformer has
+    `residual = residual + dropout(x)` and `y = norm(residual)`. Parameters and `state_dict` are
+    those of `torch.nn.LayerNorm`.
+
+    Args:
+        normalized_shape: As in `LayerNorm`, like the five that follow.
+        eps: See `LayerNorm`.
+        elementwise_affine: See `LayerNorm`.
+        bias: See `LayerNorm`.
+        device: See `LayerNorm`.
+        dtype: See `LayerNorm`.
+        dropout_p: The share of x that is dropped in training.
+
+    Shape: (*, *normalized_shape) twice, to the same twice. The residual may be fp32 where x has 16
+    bits.
+
+    Raises:
+        ValueError: `dropout_p` is not in [0, 1].
+        RuntimeError: at the call, shapes, dtypes or devices do not fit.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: Any,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        dropout_p: float = 0.0,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.dropout_p = _checked("AddLayerNorm", dropout_p)
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return F.add_layer_norm(
+            input, residual, self.normalized_shape, self.weight, self.bias, self.eps,
+            self.dropout_p, self.training, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
+
+
+class AddRMSNorm(HasBackend, nn.RMSNorm):
+    """Residual and RMS normalisation in one pass: `(rms_norm(h), h)` of
+    `h = residual + dropout(x)`.
+
+    Called like `AddLayerNorm`. Parameters and `state_dict` are those of `torch.nn.RMSNorm`.
+
+    Args:
+        normalized_shape: As in `RMSNorm`, like the four that follow.
+        eps: See `RMSNorm`.
+        elementwise_affine: See `RMSNorm`.
+        device: See `RMSNorm`.
+        dtype: See `RMSNorm`.
+        dropout_p: The share of x that is dropped in training.
+
+    Shape: (*, *normalized_shape) twice, to the same twice. The residual may be fp32 where x has 16
+    bits.
+
+    Raises:
+        ValueError: `dropout_p` is not in [0, 1].
+        RuntimeError: at the call, shapes, dtypes or devices do not fit.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: Any,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        dropout_p: float = 0.0,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self.dropout_p = _checked("AddRMSNorm", dropout_p)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return F.add_rms_norm(
+            x, residual, self.normalized_shape, self.weight, self.eps, self.dropout_p,
+            self.training, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"

@@ -2,6 +2,7 @@
 
 from pydl.ops import (  # noqa: F401
     activation_rows,
+    add_norm_rows,
     attention_rows,
     batch_norm_rows,
     bias_act,

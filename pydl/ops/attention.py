@@ -178,8 +178,8 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
             count += sequences * q.shape[1] * tiles * relative.shape[3]
         scratch = none.new_empty(count)
     kernel(backend, "attention_bwd")(
-        dq, dk, dv, dmask, drelative, scratch, dout, dlse, out, lse, rest, _rows(q), _rows(k), _rows(v),
-        mask, relative, *_tail(s),
+        dq, dk, dv, dmask, drelative, scratch, dout, dlse, out, lse, rest, _rows(q), _rows(k),
+        _rows(v), mask, relative, *_tail(s),
     )  # fmt: skip
     return (
         dq,

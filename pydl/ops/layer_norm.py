@@ -30,27 +30,27 @@ def rms_norm_definition(x: Tensor, weight: Tensor | None, dims: int, eps: float)
     return y if weight is None else y * weight
 
 
-def _rows(x: Tensor, dims: int) -> Tensor:
+def as_rows(x: Tensor, dims: int) -> Tensor:
     """(rows, columns), dense."""
     n = prod(x.shape[x.dim() - dims :])
     return x.contiguous().view(prod(x.shape[: x.dim() - dims]), n)
 
 
-def _flat(weight: Tensor | None) -> Tensor | None:
+def flat(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.reshape(-1).contiguous()
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
     """What the kernels compute in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _scale(x2: Tensor) -> Tensor:
+def numbers(x2: Tensor) -> Tensor:
     """Where the kernels put a number a row."""
-    return torch.empty(x2.shape[0], dtype=_wide(x2), device=x2.device)
+    return torch.empty(x2.shape[0], dtype=wide(x2), device=x2.device)
 
 
-def _sums(x2: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+def sums(x2: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     """Where the gradients of weights go, and the fp64 scratch of (pieces, 2, columns); without
     elements where they are not wanted.
 
@@ -68,28 +68,29 @@ def _sums(x2: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]) -
     return found
 
 
-def _shaped(grad: Tensor, weight: Tensor | None) -> Tensor | None:
+def shaped(grad: Tensor, weight: Tensor | None) -> Tensor | None:
     return grad.view(weight.shape) if weight is not None and grad.numel() else None
 
 
 def _forward(
     backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x2 = _rows(x, dims)
-    y, mean, rstd = empty_like(x2), _scale(x2), _scale(x2)
-    kernel(backend, "layer_norm_fwd")(y, mean, rstd, x2, _flat(weight), _flat(bias), eps)
-    return y.view(x.shape), mean, rstd
+    x2 = as_rows(x, dims)
+    y, mean, rstd = empty_like(x2), numbers(x2), numbers(x2)
+    kernel(backend, "layer_norm_fwd")(y, mean, rstd, x2, flat(weight), flat(bias), eps)
+    # Detached, the output is no view, which torch would not let be changed in place.
+    return y.view(x.shape).detach(), mean, rstd
 
 
 def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
     x, weight, bias, mean, rstd = saved
-    x2 = _rows(x, scalars[0])
+    x2 = as_rows(x, scalars[0])
     dx = empty_like(x2)
-    dweight, dbias, partials = _sums(x2, (weight, bias), needs[1:])
+    dweight, dbias, partials = sums(x2, (weight, bias), needs[1:])
     kernel(backend, "layer_norm_bwd")(
-        dx, dweight, dbias, partials, _rows(dy, scalars[0]), x2, mean, rstd, _flat(weight)
+        dx, dweight, dbias, partials, as_rows(dy, scalars[0]), x2, mean, rstd, flat(weight)
     )
-    return dx.view(x.shape), _shaped(dweight, weight), _shaped(dbias, bias)
+    return dx.view(x.shape), shaped(dweight, weight), shaped(dbias, bias)
 
 
 def _laid_out(y: Tensor, x: Tensor) -> Tensor:
@@ -106,21 +107,21 @@ def _laid_out(y: Tensor, x: Tensor) -> Tensor:
 def _rms_forward(
     backend: str, x: Tensor, weight: Tensor | None, dims: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    x2 = _rows(x, dims)
-    y, rstd = empty_like(x2), _scale(x2)
-    kernel(backend, "rms_norm_fwd")(y, rstd, x2, _flat(weight), eps)
-    return _laid_out(y.view(x.shape), x), rstd
+    x2 = as_rows(x, dims)
+    y, rstd = empty_like(x2), numbers(x2)
+    kernel(backend, "rms_norm_fwd")(y, rstd, x2, flat(weight), eps)
+    return _laid_out(y.view(x.shape).detach(), x), rstd
 
 
 def _rms_backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
     x, weight, rstd = saved
-    x2 = _rows(x, scalars[0])
+    x2 = as_rows(x, scalars[0])
     dx = empty_like(x2)
-    dweight, partials = _sums(x2, (weight,), needs[1:])
+    dweight, partials = sums(x2, (weight,), needs[1:])
     kernel(backend, "rms_norm_bwd")(
-        dx, dweight, partials, _rows(dy, scalars[0]), x2, rstd, _flat(weight)
+        dx, dweight, partials, as_rows(dy, scalars[0]), x2, rstd, flat(weight)
     )
-    return _laid_out(dx.view(x.shape), x), _shaped(dweight, weight)
+    return _laid_out(dx.view(x.shape), x), shaped(dweight, weight)
 
 
 _LAYER_NORM = Rule("layer_norm", 3, _forward, _backward, layer_norm_definition, extras=2)
@@ -235,13 +236,13 @@ def rms_norm(
     if chosen == "torch":
         return F.rms_norm(input, list(normalized_shape), weight, eps)
     check_weights("rms_norm", input, normalized_shape, weight=weight)
-    args = (input, weight, len(normalized_shape), _eps(input, eps))
+    args = (input, weight, len(normalized_shape), eps_of(input, eps))
     if chosen == "reference":
         return autograd.in_reference(_RMS_NORM, *args)
     return _rms_norm_call(chosen, *args)
 
 
-def _eps(input: Tensor, eps: float | None) -> float:
+def eps_of(input: Tensor, eps: float | None) -> float:
     if eps is not None:
         return float(eps)
-    return torch.finfo(_wide(input)).eps
+    return torch.finfo(wide(input)).eps

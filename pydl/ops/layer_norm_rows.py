@@ -20,7 +20,7 @@ from pydl.ops.samples import one_pass
 from pydl.table import LAYOUTS, Case, Make, Op, register
 
 
-def _inputs(make: Make) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+def inputs(make: Make) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
     """(label, input, normalized_shape)"""
     for rows, n in ((5, 64), (3, 7), (4, 131), (7, 256), (3, 1030), (2, 5000), (70, 24)):
         yield f"{rows}x{n}", make(rows, n), (n,)
@@ -41,7 +41,7 @@ def _samples(biased: bool) -> Any:
     tail = () if biased else (1e-6,)
 
     def draw(make: Make) -> Iterator[Case]:
-        for label, x, shape in _inputs(make):
+        for label, x, shape in inputs(make):
             weights = [make(*shape, scale=0.5) + 1] + ([make(*shape)] if biased else [])
             yield Case(label, (x, shape, *weights, *tail))
         yield Case("no weight", (make(9, 72), (72,)) + (() if biased else (None, 1e-6)))
