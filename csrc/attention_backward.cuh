@@ -18,7 +18,7 @@ struct BackwardShape {
   static constexpr int kStages = kTensorCores<T> ? 2 : 1;
   static constexpr int kThreadsOfBlock = kWarps * kLanesOfWarp;
   // Columns of a gradient that a block finds.
-  static constexpr int kPart = sizeof(T) == 8 ? 64 : kWidth < 128 ? kWidth : 128;
+  static constexpr int kPart = sizeof(T) >= 4 || kWidth < 128 ? 64 : 128;
   static constexpr int kParts = kWidth / kPart;
   static constexpr int kTiled =
       (2 * kRows + kStages * 2 * kInner) * kWidth * static_cast<int>(sizeof(T));
