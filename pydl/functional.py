@@ -24,15 +24,18 @@ from pydl.ops.dot_product import (
 )
 from pydl.ops.gated_act import gated_act
 from pydl.ops.layer_norm import layer_norm, rms_norm
+from pydl.ops.score_attention import additive_attention, gaussian_attention
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "additive_attention",
     "batch_norm",
     "batch_norm_act",
     "bias_act",
     "elu",
     "gated_act",
+    "gaussian_attention",
     "gelu",
     "group_norm",
     "instance_norm",

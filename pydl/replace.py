@@ -65,6 +65,7 @@ for _name in (
     "LayerNorm",
     "LeakyReLU",
     "Mish",
+    "MultiheadAttention",
     "PReLU",
     "RMSNorm",
     "ReLU",
@@ -73,6 +74,7 @@ for _name in (
     "Sigmoid",
     "SyncBatchNorm",
     "Tanh",
+    "TransformerEncoderLayer",
 ):
     register_twin(getattr(nn, _name), getattr(pydl_nn, _name))
 

@@ -111,7 +111,8 @@ class Report:
             for swap in swaps:
                 self._swaps.append(swap)
                 if backend is not None:
-                    swap.new.backend = backend  # type: ignore[assignment]
+                    # Not by a setter, which may set it in parts that are not to be changed.
+                    vars(swap.new)["backend"] = backend
                 for parent, name in swap.places:
                     if parent is None:
                         self.model = swap.new

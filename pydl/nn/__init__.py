@@ -13,6 +13,8 @@ from pydl.nn.activation import (
     Swish,
     Tanh,
 )
+from pydl.nn.attention import MultiheadAttention, TransformerEncoderLayer
+from pydl.nn.attention_ops import AdditiveAttention, LocalAttention, ScaledDotProductAttention
 from pydl.nn.batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -42,6 +44,7 @@ __all__ = [
     "SELU",
     "AddLayerNorm",
     "AddRMSNorm",
+    "AdditiveAttention",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -57,13 +60,16 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "LeakyReLU",
+    "LocalAttention",
     "Mish",
     "MishGLU",
+    "MultiheadAttention",
     "PReLU",
     "PreActResBlock",
     "RMSNorm",
     "ReGLU",
     "ReLU",
+    "ScaledDotProductAttention",
     "SiLU",
     "Sigmoid",
     "StandardResBlock",
@@ -71,4 +77,5 @@ __all__ = [
     "Swish",
     "SyncBatchNorm",
     "Tanh",
+    "TransformerEncoderLayer",
 ]

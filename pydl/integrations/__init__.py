@@ -1,0 +1,1 @@
+"""pydl in other libraries; nothing here is imported before it is asked for."""

@@ -1,0 +1,298 @@
+"""Attention whose score is no dot product: additive (Bahdanau) and Gaussian (Nadaraya-Watson).
+
+Both are chunked PyTorch: a few queries at a time meet all keys, and the backward pass meets them
+again, so that what is as large as queries times keys times width is never stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pydl import autograd
+from pydl.autograd import Rule, wide
+from pydl.backends import choose
+from pydl.ops.bias_act import lowered
+
+# What one chunk of queries may make of (batch, queries, keys, width): 4 MiB in fp32.
+CHUNK = 1 << 20
+
+
+class Score(NamedTuple):
+    """A score of queries (B, L, 1, H) and keys (B, 1, S, H) with weights (H,).
+
+    Attributes:
+        meet: `(q, k) -> t` of (B, L, S, H).
+        total: `(t, w) -> scores` of (B, L, S).
+        apart: `(t, w, ds) -> (dt, dw)`: for gradients ds (B, L, S) of the scores those of q, before
+            the sum over keys, and of w; may write over t.
+        sign: What the gradient of k is of that of q.
+    """
+
+    meet: Callable[[Tensor, Tensor], Tensor]
+    total: Callable[[Tensor, Tensor], Tensor]
+    apart: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    sign: int
+
+
+def _additive_apart(t: Tensor, w: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+    dw = ds.reshape(-1) @ t.reshape(-1, t.shape[-1])
+    return t.square_().neg_().add_(1).mul_(w).mul_(ds[..., None]), dw
+
+
+def _gaussian_apart(t: Tensor, w: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+    dw = ds.reshape(-1) @ t.square().reshape(-1, t.shape[-1])
+    return t.mul_(w).mul_(w).mul_(ds[..., None]).neg_(), -dw * w
+
+
+ADDITIVE = Score(lambda q, k: torch.tanh_(q + k), lambda t, w: t @ w, _additive_apart, 1)
+GAUSSIAN = Score(
+    lambda q, k: q - k, lambda t, w: (t * w).square_().sum(-1) * -0.5, _gaussian_apart, -1
+)
+
+
+def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The softmax over keys; rows that see none are 0."""
+    if mask is None:
+        return torch.softmax(scores, -1)
+    empty = ~mask.any(-1, keepdim=True)
+    scores = scores.masked_fill(~(mask | empty), -math.inf)
+    return torch.softmax(scores, -1).masked_fill(empty, 0)
+
+
+def _chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Slices of the queries such that what they make of the keys is small."""
+    each = max(1, CHUNK // max(1, k.numel()))
+    for start in range(0, q.shape[1], each):
+        yield slice(start, start + each)
+
+
+def _of(mask: Tensor | None, rows: slice) -> Tensor | None:
+    return None if mask is None else mask[:, rows] if mask.shape[1] > 1 else mask
+
+
+def _rule(name: str, score: Score, definition: Callable[..., Tensor]) -> Rule:
+    """Of (B, L, H) queries, (B, S, H) keys, (B, S, Ev) values, (H,) weights and a mask that
+    broadcasts to (B, L, S)."""
+
+    def forward(
+        backend: str, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        out = v.new_empty(*q.shape[:2], v.shape[2])
+        q, k, v, w = (wide(t) for t in (q, k, v, w))
+        for rows in _chunks(q, k):
+            t = score.meet(q[:, rows, None], k[:, None])
+            out[:, rows] = _weights(score.total(t, w), _of(mask, rows)) @ v
+        return out
+
+    def backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
+        given, mask = saved[:4], saved[4]
+        q, k, v, w = (wide(t) for t in given)
+        dy = wide(dy)
+        dq, dk, dv, dw = (torch.zeros_like(t) for t in (q, k, v, w))
+        for rows in _chunks(q, k):
+            t = score.meet(q[:, rows, None], k[:, None])
+            p = _weights(score.total(t, w), _of(mask, rows))
+            d = dy[:, rows]
+            dv += p.transpose(1, 2) @ d
+            dp = d @ v.transpose(1, 2)
+            ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+            dt, part = score.apart(t, w, ds)
+            dq[:, rows] = dt.sum(2)
+            dk += dt.sum(1)
+            dw += part
+        dk = dk * score.sign
+        return (*(d.to(t.dtype) for d, t in zip((dq, dk, dv, dw), given, strict=True)), None)
+
+    return Rule(name, 5, forward, backward, definition)
+
+
+def _additive_definition(q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None) -> Tensor:
+    return _weights(torch.tanh(q[:, :, None] + k[:, None]) @ w, mask) @ v
+
+
+def _gaussian_definition(q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None) -> Tensor:
+    return _weights(((q[:, :, None] - k[:, None]) * w).square().sum(-1) * -0.5, mask) @ v
+
+
+_ADDITIVE = _rule("additive_attention", ADDITIVE, _additive_definition)
+_GAUSSIAN = _rule("gaussian_attention", GAUSSIAN, _gaussian_definition)
+_additive = autograd.make(_ADDITIVE)
+_gaussian = autograd.make(_GAUSSIAN)
+
+
+def _chosen(op: str, backend: str | None, *tensors: Tensor) -> str:
+    """`torch`, the chunked function, or `reference`.
+
+    Raises:
+        RuntimeError: a backend of kernels was asked for; there are none.
+    """
+    chosen = choose(op, backend, *tensors)
+    if chosen not in ("torch", "reference"):
+        raise RuntimeError(
+            f"pydl: {op}: backend {chosen!r} cannot serve this call: it has no kernel for it; "
+            "'torch' (chunked PyTorch) and 'reference' have"
+        )
+    return chosen
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    fits = min(q.dim(), k.dim(), v.dim()) >= 2 and q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+    if not fits or k.shape[-2] != v.shape[-2]:
+        raise RuntimeError(
+            f"pydl: {op}: query {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}: "
+            "wants (..., L, E), (..., S, Ek) and (..., S, Ev)"
+        )
+    for name, one in (("keys", k), ("values", v)):
+        if one.dtype != q.dtype or one.device != q.device:
+            raise RuntimeError(
+                f"pydl: {op}: {name}: {one.dtype} on {one.device}, wants the query's, "
+                f"{q.dtype} on {q.device}"
+            )
+
+
+def _run(
+    chosen: str, rule: Rule, call: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, w: Tensor,
+    mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Folds leading dimensions into one, and back."""
+    shape = (*q.shape[:-1], v.shape[-1])
+    batch = math.prod(q.shape[:-2])
+    args = (*(t.reshape(batch, *t.shape[-2:]) for t in (q, k, v)), w, mask)
+    out = autograd.in_reference(rule, *args) if chosen == "reference" else call(chosen, *args)
+    return out.view(shape)
+
+
+def additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Additive attention, `softmax(w_v . tanh(w_q q + w_k k)) @ values` over the keys.
+
+    Chunked PyTorch for now: a few queries at a time, and again in the backward pass, so that
+    neither stores (..., L, S, H). A second derivative does, by the plain definition.
+
+    Args:
+        query: (..., L, Eq), any strides and floating dtype.
+        keys: (..., S, Ek).
+        values: (..., S, Ev).
+        w_q: (H, Eq), as a `torch.nn.Linear` has it.
+        w_k: (H, Ek).
+        w_v: (H,).
+        mask: Of truth values, broadcasts to (..., L, S): False hides a key.
+        backend: "reference" for the plain definition; None or "torch" for the chunked function.
+
+    Returns:
+        (..., L, Ev) in the query's dtype, computed in fp32 at least; a row that sees no key is 0.
+        All but the mask have gradients. Saves its arguments and their projections.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit, or the backend has no kernel for it.
+
+    Source: Bahdanau et al. 2014, arXiv 1409.0473.
+    """
+    op = "additive_attention"
+    query, keys, values, w_q, w_k, w_v = lowered(query, keys, values, w_q, w_k, w_v)
+    chosen = _chosen(op, backend, query, keys, values, w_q, w_k, w_v)
+    _check(op, query, keys, values)
+    hidden = w_v.shape[0] if w_v.dim() == 1 else -1
+    for name, weight, wanted in (
+        ("w_q", w_q, (hidden, query.shape[-1])),
+        ("w_k", w_k, (hidden, keys.shape[-1])),
+        ("w_v", w_v, (w_q.shape[0] if w_q.dim() else 0,)),
+    ):
+        if tuple(weight.shape) != wanted:
+            raise RuntimeError(
+                f"pydl: {op}: w_q {tuple(w_q.shape)}, w_k {tuple(w_k.shape)}, w_v "
+                f"{tuple(w_v.shape)}: wants (H, {query.shape[-1]}), (H, {keys.shape[-1]}) and (H,)"
+            )
+        if weight.dtype != query.dtype or weight.device != query.device:
+            raise RuntimeError(
+                f"pydl: {op}: {name}: {weight.dtype} on {weight.device}, wants the query's, "
+                f"{query.dtype} on {query.device}"
+            )
+    if mask is not None:
+        mask = _mask(op, mask, query, keys)
+    q, k = F.linear(query, w_q), F.linear(keys, w_k)
+    return _run(chosen, _ADDITIVE, _additive, q, k, values, w_v, mask)
+
+
+def _mask(op: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """(batch, L or 1, S)."""
+    wanted = (*q.shape[:-1], k.shape[-2])
+    try:
+        fits = torch.broadcast_shapes(mask.shape, wanted) == torch.Size(wanted)
+    except RuntimeError:
+        fits = False
+    if not fits or mask.dtype != torch.bool or mask.device != q.device:
+        raise RuntimeError(
+            f"pydl: {op}: mask is {mask.dtype} {tuple(mask.shape)} on {mask.device}, wants bool "
+            f"on {q.device} that broadcasts to {wanted}"
+        )
+    rows = mask.shape[-2] if mask.dim() > 1 else 1
+    batch = math.prod(wanted[:-2])
+    return mask.expand(*wanted[:-2], rows, wanted[-1]).reshape(batch, rows, wanted[-1])
+
+
+def gaussian_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    w: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Nadaraya-Watson regression by a Gaussian kernel, `softmax(-((q - k) w)^2 / 2) @ values` over
+    the keys.
+
+    Of vectors the squares are summed. Chunked PyTorch for now, as `additive_attention` is.
+
+    Args:
+        query: (..., L, E), or (L,) for numbers.
+        keys: (..., S, E), or (S,).
+        values: (..., S, Ev), or (S,).
+        w: One over the width of the kernel: a number, or (E,).
+        backend: "reference" for the plain definition; None or "torch" for the chunked function.
+
+    Returns:
+        (..., L, Ev), or (L,), in the query's dtype, computed in fp32 at least. All arguments have
+        gradients.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit, or the backend has no kernel for it.
+
+    Source: Nadaraya 1964, doi 10.1137/1109020; Watson 1964, jstor 25049340.
+    """
+    op = "gaussian_attention"
+    query, keys, values, w = lowered(query, keys, values, w)
+    chosen = _chosen(op, backend, query, keys, values, w)
+    numbers = query.dim() == keys.dim() == values.dim() == 1
+    if numbers:
+        query, keys, values = (t[:, None] for t in (query, keys, values))
+    _check(op, query, keys, values)
+    width = query.shape[-1]
+    if keys.shape[-1] != width or not (w.numel() == 1 or tuple(w.shape) == (width,)):
+        raise RuntimeError(
+            f"pydl: {op}: query {tuple(query.shape)}, keys {tuple(keys.shape)}, w "
+            f"{tuple(w.shape)}: wants query and key of one width E, and w of 1 or (E,)"
+        )
+    if w.dtype != query.dtype or w.device != query.device:
+        raise RuntimeError(
+            f"pydl: {op}: w: {w.dtype} on {w.device}, wants the query's, {query.dtype} on "
+            f"{query.device}"
+        )
+    w = w.reshape(-1).expand(width)
+    out = _run(chosen, _GAUSSIAN, _gaussian, query, keys, values, w, None)
+    return out[:, 0] if numbers else out
