@@ -76,7 +76,7 @@ struct LinearBackward : LinearChunks<T> {
         const int64_t some = a.value_width - e < kWidth ? a.value_width - e : kWidth;
         sum += plain(load_some(o + e, some)) * pydl::load(to + e);
       }
-      r.rho.data()[i] = -static_cast<A>(add_lanes(sum));
+      r.rho.data()[i] = -fold(sum);
     }
   }
 
@@ -90,12 +90,10 @@ struct LinearBackward : LinearChunks<T> {
   }
   // What flows to the state that n queries see, added to `flow` (a row a feature); q has decayed.
   void absorb_queries(A* flow, A keep, const Room& r, int64_t n) const {
-    Base::absorb(flow, keep, a.width, r.q.data(), wide, a.value_width, r.du.data(), value_wide, n);
-    A* const sum = Base::sum_of(flow);
-    if (keep != 1) scale_row(sum, keep, wide);
-    for (int64_t i = 0; i < n; ++i) {
-      blend(sum, A(1), r.q.data() + i * wide, r.rho.data()[i], wide);
-    }
+    Base::absorb(flow, keep, a.width, r.q.data(), wide, a.value_width, r.du.data(), value_wide, n,
+                 r.keys.added.data());
+    Base::absorb_sum(Base::sum_of(flow), keep, r.q.data(), a.normalize ? r.rho.data() : nullptr,
+                     a.normalize ? n : 0);
   }
   void turn(const A* flow, A* to) const {
     transpose(flow, value_wide, a.width, a.value_width, to, wide);

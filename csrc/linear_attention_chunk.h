@@ -31,42 +31,54 @@ void feature_row(Feature feature, const T* from, int64_t n, A* to) {
     return;
   }
   const V zero = spread(A(0)), one = spread(A(1));
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const int64_t some = n - i < kWidth ? n - i : kWidth;
-    const V x = plain(load_some(from + i, some));
-    const V y = feature == Feature::relu ? V(select(x <= zero, zero, x))
-                                         : V(select(x > zero, x + one, exponential(at_most(x, 0))));
-    if (some < kWidth) store(to + i, zero);
-    store_some(to + i, y, some);
+  const auto of = [&](const V& x) {
+    return feature == Feature::relu ? V(select(x <= zero, zero, x))
+                                    : V(select(x > zero, x + one, exponential(at_most(x, 0))));
+  };
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(to + i, of(plain(load(from + i))));
+  if (i < n) {
+    const V y = of(plain(load_some(from + i, n - i)));
+    store(to + i, zero);
+    store_some(to + i, y, n - i);
   }
 }
-
-// Through phi: to = phi'(x) d, where `f` is phi(x). Overwrites d.
+// The same of many rows; `to` has padded ones.
 template <class T, class A>
-void feature_slope(Feature feature, const A* f, A* d, int64_t n, T* to) {
+void feature_rows(Feature feature, const T* from, int64_t stride, int64_t rows, int64_t n, A* to) {
+  const int64_t to_row = padded<A>(n);
+  if (stride == n && to_row == n && feature != Feature::softmax) {
+    return feature_row(feature, from, rows * n, to);
+  }
+  for (int64_t i = 0; i < rows; ++i) feature_row(feature, from + i * stride, n, to + i * to_row);
+}
+
+// Through phi: to = phi'(x) d, where `f` is phi(x).
+template <class T, class A>
+void feature_slope(Feature feature, const A* f, const A* d, int64_t n, T* to) {
   using V = typename Register<A>::type;
   constexpr int64_t kWidth = Register<A>::lanes;
   const V zero = spread(A(0)), one = spread(A(1));
-  const int64_t end = padded<A>(n);
+  V mean = zero;
   if (feature == Feature::softmax) {
-    V sum = zero;
     for (int64_t i = 0; i < n; i += kWidth) {
       const int64_t some = n - i < kWidth ? n - i : kWidth;
-      sum += load_some(f + i, some) * load_some(d + i, some);
+      mean += load_some(f + i, some) * load_some(d + i, some);
     }
-    const V mean = spread(static_cast<A>(add_lanes(sum)));
-    for (int64_t i = 0; i < end; i += kWidth) store(d + i, load(f + i) * (load(d + i) - mean));
-  } else if (feature == Feature::elu) {
-    for (int64_t i = 0; i < end; i += kWidth) {
-      const V y = load(f + i);
-      store(d + i, load(d + i) * select(y > one, one, y));
-    }
-  } else if (feature == Feature::relu) {
-    for (int64_t i = 0; i < end; i += kWidth) {
-      store(d + i, select(load(f + i) <= zero, zero, load(d + i)));
-    }
+    mean = spread(fold(mean));
   }
-  convert_back(d, n, to, A(1));
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const V y = load(f + i);
+    V x = load(d + i);
+    if (feature == Feature::elu) {
+      x = x * select(y > one, one, y);
+    } else if (feature == Feature::relu) {
+      x = select(y <= zero, zero, x);
+    } else if (feature == Feature::softmax) {
+      x = y * (x - mean);
+    }
+    store_some(to + i, typename Lanes<T>::type{x}, n - i < kWidth ? n - i : kWidth);
+  }
 }
 
 // c = x y, where nothing of x (n x n, rows kChunk apart) lies above its diagonal.
@@ -129,7 +141,7 @@ inline A dot(const A* x, const A* y, int64_t n) {
   constexpr int64_t kWidth = Register<A>::lanes;
   typename Register<A>::type sum = spread(A(0));
   for (int64_t i = 0; i < n; i += kWidth) sum += load(x + i) * load(y + i);
-  return static_cast<A>(add_lanes(sum));
+  return fold(sum);
 }
 // x = keep x + factor y, of padded rows.
 template <class A>
@@ -158,7 +170,7 @@ A settle(A* x, int64_t i, int64_t n, const Powers<A>& powers) {
     store(x + j, y);
     sum += y;
   }
-  return static_cast<A>(add_lanes(sum));
+  return fold(sum);
 }
 
 // Row i of what flows to the scores `s` (as settled), which is x + rho before they decay and is
@@ -182,7 +194,7 @@ double settle_slopes(const A* s, A* x, A rho, int64_t i, int64_t n, const Powers
     store(x + j, spread(A(0)));
     if (some > 0) store_some(x + j, y, some);
   }
-  return add_lanes(sum);
+  return fold(sum);
 }
 
 template <class T>
@@ -244,23 +256,24 @@ struct LinearChunks {
 
   // A chunk of keys: features, and values where they lie or converted; transposed where wanted.
   struct Keys {
-    Buffer<A> k, copies, weighted;
+    Buffer<A> k, copies, weighted, added;
     Matrix<A> v{nullptr, 0};
     explicit Keys(const LinearChunks& w)
-        : k(kChunk * w.wide), copies(kChunk * w.value_wide), weighted(kChunk * w.wide) {}
+        : k(kChunk * w.wide),
+          copies(kChunk * w.value_wide),
+          weighted(kChunk * w.wide),
+          added(w.room) {}
     void fill(const LinearChunks& w, int64_t unit, int64_t first, int64_t n) {
       const int64_t b = w.batch(unit), h = unit % w.a.kv_heads;
       const T* const values = w.row(w.a.v, b, h, first);
       const int64_t stride = w.a.v.strides[2];
+      feature_rows(w.a.feature, w.row(w.a.k, b, h, first), w.a.k.strides[2], n, w.a.width,
+                   k.data());
       bool some = false;
       for (int64_t j = 0; j < n; ++j) {
-        A* const to = k.data() + j * w.wide;
-        if (w.a.hides(b, first + j)) {
-          clear(to, w.wide);
-          some = true;
-        } else {
-          feature_row(w.a.feature, w.row(w.a.k, b, h, first + j), w.a.width, to);
-        }
+        if (!w.a.hides(b, first + j)) continue;
+        clear(k.data() + j * w.wide, w.wide);
+        some = true;
       }
       if (!some) {
         v = in_place_or(values, stride, n, w.a.value_width, copies.data());
@@ -291,32 +304,41 @@ struct LinearChunks {
   };
 
   void load_queries(A* to, int64_t unit, int64_t g, int64_t first, int64_t n) const {
-    for (int64_t i = 0; i < n; ++i) {
-      feature_row(a.feature, row(a.q, batch(unit), head(unit, g), first + i), a.width,
-                  to + i * wide);
-    }
+    feature_rows(a.feature, row(a.q, batch(unit), head(unit, g), first), a.q.strides[2], n, a.width,
+                 to);
   }
 
-  // state (rows x columns) = keep state + x^T y over n rows of x and y.
+  // state (rows x columns) = keep state + x^T y over n rows of x and y, which are added up first: a
+  // long sequence would lose what single rows add to a large sum.
   void absorb(A* state, A keep, int64_t rows, const A* x, int64_t x_row, int64_t columns,
-              const A* y, int64_t y_row, int64_t n) const {
-    if (keep != 1) scale_row(state, keep, rows * padded<A>(columns));
-    multiply<A>(rows, columns, n, {x, 1, x_row}, y, y_row, state, padded<A>(columns), true);
+              const A* y, int64_t y_row, int64_t n, A* added) const {
+    const int64_t row = padded<A>(columns);
+    multiply<A>(rows, columns, n, {x, 1, x_row}, y, y_row, added, row, false);
+    blend(state, keep, added, A(1), rows * row);
   }
-  void absorb_sum(A* sum, A keep, const A* x, int64_t n) const {
-    if (keep != 1) scale_row(sum, keep, wide);
-    for (int64_t i = 0; i < n; ++i) blend(sum, A(1), x + i * wide, A(1), wide);
+  // sum = keep sum + the n rows of x, with weights or without.
+  void absorb_sum(A* sum, A keep, const A* x, const A* weights, int64_t n) const {
+    for (int64_t d = 0; d < wide; d += kWidth) {
+      V added = spread(A(0));
+      for (int64_t i = 0; i < n; ++i) {
+        const V y = load(x + i * wide + d);
+        added += weights ? V(y * spread(weights[i])) : y;
+      }
+      store(sum + d, load(sum + d) * spread(keep) + added);
+    }
   }
   // Takes a chunk of keys into a state that has a row a feature, or a row a value.
   void absorb_keys(A* state, bool by_values, const Keys& keys, const Powers<A>& p,
                    int64_t n) const {
     const A* const k = keys.aged(*this, p, n);
     if (by_values) {
-      absorb(state, p.of(n), a.value_width, keys.v.data, keys.v.row, a.width, k, wide, n);
+      absorb(state, p.of(n), a.value_width, keys.v.data, keys.v.row, a.width, k, wide, n,
+             keys.added.data());
     } else {
-      absorb(state, p.of(n), a.width, k, wide, a.value_width, keys.v.data, keys.v.row, n);
+      absorb(state, p.of(n), a.width, k, wide, a.value_width, keys.v.data, keys.v.row, n,
+             keys.added.data());
     }
-    absorb_sum(sum_of(state), p.of(n), k, n);
+    absorb_sum(sum_of(state), p.of(n), k, nullptr, n);
   }
 
   // A state of the caller's, or zeros, either way up.

@@ -31,6 +31,7 @@ from pydl.nn.blocks import (
     StandardResBlock,
 )
 from pydl.nn.gated import GEGLU, GLU, BiasAct, GatedAct, MishGLU, ReGLU, SwiGLU
+from pydl.nn.linear_attention import LinearAttention
 from pydl.nn.norm import LayerNorm, RMSNorm
 from pydl.nn.sync_batch_norm import SyncBatchNorm
 
@@ -55,6 +56,7 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "LeakyReLU",
+    "LinearAttention",
     "Mish",
     "MishGLU",
     "PReLU",

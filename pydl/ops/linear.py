@@ -93,8 +93,7 @@ def linear_attention(
     decay: float | Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
-    """Linear attention, `phi(query) @ (phi(key).T @ value)`, normalised by `phi(query) @
-    phi(key).sum()`.
+    """Linear attention, `phi(query) @ (phi(key).T @ value)` over `phi(query) @ phi(key).sum()`.
 
     With scores `s_ij = scale * decay**(i - j) * phi(q_i) . phi(k_j)`, over all keys j or, where
     causal, those with j <= i, the output is `sum_j s_ij v_j / (eps + sum_j s_ij)`, and 0 where that

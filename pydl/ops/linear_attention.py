@@ -123,9 +123,7 @@ def chunked(
         return _finished(f @ state, (f @ total[..., None])[..., 0], s), state, total
     n, size = q.shape[2], min(CHUNK, max(1, q.shape[2]))
     count = (n + size - 1) // size
-    f, g, v = (
-        F.pad(t, (0, 0, 0, count * size - n)).unflatten(2, (count, size)) for t in (f, g, v)
-    )
+    f, g, v = (F.pad(t, (0, 0, 0, count * size - n)).unflatten(2, (count, size)) for t in (f, g, v))
     # (heads, 1, 1, 1) of decay; i and j number the places in a chunk.
     base = f.new_ones(1, 1, 1, 1) if decay is None else decay[:, None, None, None]
     i = torch.arange(size, device=q.device)[:, None]

@@ -30,7 +30,8 @@ def _native(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
 
 def _samples(make: Make) -> Iterator[Case]:
     causal = {"causal": True}
-    yield Case("2x3x5x9", _qkv(make, 2, 3, 5, 9, keys=7, values=3))
+    yield Case("2x3x5x9", _qkv(make, 2, 3, 5, 9, keys=7))
+    yield Case("values of 3", _qkv(make, 2, 3, 5, 9, keys=7, values=3))
     yield Case("one", _qkv(make, 1, 1, 1, 1))
     yield Case("one, causal", _qkv(make, 1, 1, 1, 1), causal)
     yield Case("few, causal", _qkv(make, 1, 2, 3, 2), causal)
