@@ -160,17 +160,29 @@ def takes(name: str, dtype: torch.dtype) -> bool:
     return name != "triton" or dtype != torch.float64
 
 
+class MissingKernel(RuntimeError):
+    """A backend has no kernel for an op."""
+
+
 def kernel(backend: str, name: str) -> Any:
-    """The operator `torch.ops.pydl_<backend>.<name>`."""
-    return _OPS[backend, name]
+    """The operator `torch.ops.pydl_<backend>.<name>`.
+
+    Raises:
+        MissingKernel: the backend has no such kernel.
+    """
+    found = _OPS.get((backend, name))
+    if found is None:
+        raise MissingKernel(f"pydl: {name}: backend {backend!r} has no kernel for it")
+    return found
 
 
 def _enlist(backend: str) -> None:
     """Looks a backend's operators up once: torch.compile traces no lookup in torch.ops."""
     for known, name, *_ in C.entries():
         if known == "cpu":
-            packet = getattr(getattr(torch.ops, f"pydl_{backend}"), name)
-            _OPS[backend, name] = packet.default
+            packet = getattr(getattr(torch.ops, f"pydl_{backend}"), name, None)
+            if packet is not None:
+                _OPS[backend, name] = packet.default
 
 
 _enlist("cpu")

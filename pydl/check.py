@@ -104,6 +104,8 @@ class Line:
     worst: float = 0.0
     """The largest error as a share of what is allowed."""
     complaints: list[str] = field(default_factory=list)
+    missing: bool = False
+    """The backend has no kernels for the op."""
 
     def add(self, label: str, results: Sequence[Result]) -> None:
         self.cases += 1
@@ -116,6 +118,7 @@ class Line:
 
     def __str__(self) -> str:
         verdict = "FAIL" if self.complaints else "ok" if self.cases else "nothing checked"
+        verdict = "no kernels" if self.missing else verdict
         more = f" ({self.left_out} too large for the interpreter)" if self.left_out else ""
         return (
             f"{self.op:<12} {self.backend + ' on ' + self.device:<16} {self.cases:>4} cases  "
@@ -138,6 +141,8 @@ def _line(
                     continue
                 try:
                     line.add(label, compare(op, backend, case, wanted))
+                except backends.MissingKernel:
+                    line.missing = True
                 except Exception as error:
                     line.cases += 1
                     line.complaints.append(f"{label}: {type(error).__name__}: {error}")

@@ -24,6 +24,7 @@ from pydl.ops.dot_product import (
 )
 from pydl.ops.gated_act import gated_act
 from pydl.ops.layer_norm import layer_norm, rms_norm
+from pydl.ops.linear import linear_attention, linear_attention_step
 from pydl.ops.score_attention import additive_attention, gaussian_attention
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "leaky_relu",
+    "linear_attention",
+    "linear_attention_step",
     "local_attention",
     "mish",
     "prelu",

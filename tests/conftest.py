@@ -62,6 +62,10 @@ def backend(request: pytest.FixtureRequest) -> str:
     """The name of a backend that can run here; else the test is skipped and says why."""
     if reason := harness.missing(request.param):
         pytest.skip(f"backend {request.param}: {reason}")
+    for name in ("op", "inplace_op"):
+        op = getattr(request.node, "callspec", None) and request.node.callspec.params.get(name)
+        if op is not None and (reason := harness.lacks(op, request.param)):
+            pytest.skip(f"backend {request.param}: {reason}")
     return request.param
 
 

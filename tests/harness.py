@@ -20,6 +20,8 @@ from pydl._native import C
 from pydl.table import Case, Op, judge
 
 BACKENDS = ("cpu", "cuda", "triton")
+# Families whose gradients sum over a sequence.
+ATTENTION = ("attention", "linear_attention")
 ROOT = Path(__file__).resolve().parents[1]
 
 # The largest call, in elements of its tensors together, that an interpreted backend is given.
@@ -57,6 +59,17 @@ def missing(backend: str) -> str | None:
         build.load("plain")
         backends.emulate_cuda(True)
     return backends.unavailable(backend)
+
+
+@functools.cache
+def lacks(op: Op, backend: str) -> str | None:
+    """That a backend has no kernels for an op, in words; None where it has."""
+    case = min(op.cases(torch.float32, device(backend)), key=elements)
+    try:
+        run(on(op, backend), case, torch.float32)
+    except backends.MissingKernel:
+        return f"no kernels for {op.name}"
+    return None
 
 
 def reorder(seed: int) -> None:
@@ -208,13 +221,13 @@ def plain(op: Op) -> Case:
 
 def by_rows(op: Op) -> bool:
     """Whether elements of a row meet."""
-    return op.family in ("layer_norm", "add_norm", "batch_norm", "attention")
+    return op.family in ("layer_norm", "add_norm", "batch_norm", *ATTENTION)
 
 
 def terms(op: Op, case: Case, out: Tensor, grad: Tensor) -> float:
     """How many terms were added for each element of a gradient, about."""
     count = out.numel() / max(1, grad.numel())
-    return max(count, float(case.args[0].shape[-2])) if op.family == "attention" else count
+    return max(count, float(case.args[0].shape[-2])) if op.family in ATTENTION else count
 
 
 def judged(

@@ -65,8 +65,8 @@ def calls(draw: st.DrawFn, op: Op) -> tuple[Case, torch.dtype]:
         samples = [case for case in op.samples(make) if harness.elements(case) < 20_000]
         case = samples[draw(st.integers(0, len(samples) - 1))]
     tensors = []
-    # Variances are fp32: values whose squares overflow it have none.
-    most = 1e18 if op.family == "batch_norm" else float("inf")
+    # Variances and sums of products are fp32: values whose squares overflow it have none.
+    most = 1e18 if op.family in ("batch_norm", "linear_attention") else float("inf")
     for i, tensor in enumerate(case.tensors()):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         for value in draw(st.lists(VALUES, max_size=4)) if i == 0 and tensor.numel() else ():

@@ -33,6 +33,7 @@ from pydl.nn.blocks import (
     StandardResBlock,
 )
 from pydl.nn.gated import GEGLU, GLU, BiasAct, GatedAct, MishGLU, ReGLU, SwiGLU
+from pydl.nn.linear_attention import LinearAttention
 from pydl.nn.norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from pydl.nn.sync_batch_norm import SyncBatchNorm
 
@@ -60,6 +61,7 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "LeakyReLU",
+    "LinearAttention",
     "LocalAttention",
     "Mish",
     "MishGLU",

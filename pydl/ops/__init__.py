@@ -8,4 +8,5 @@ from pydl.ops import (  # noqa: F401
     bias_act,
     gated_act,
     layer_norm_rows,
+    linear_attention_rows,
 )

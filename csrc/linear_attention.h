@@ -1,0 +1,123 @@
+// What a call of linear attention is, for the CPU's and CUDA's kernels alike.
+//
+// With f = phi(query), g = phi(key) and scores s_ij = scale decay^(i - j) f_i g_j over all keys, or
+// those up to the query's own where causal, the output is sum_j s_ij v_j, divided by eps + sum_j
+// s_ij where normalised (0 where that is 0). The state, S = sum_j decay^(last - j) g_j v_j and z =
+// the same sum of g_j, holds all that later queries need of the keys; an initial state stands just
+// before the first key.
+//
+// Kernels take the sums without scale: out_i = r_i u_i with u_i = f_i S_i, and r_i = scale, or
+// scale / (scale f_i z_i + eps) where normalised. Then du_i = r_i dout_i, and what flows to f_i z_i
+// is rho_i = -r_i dout_i out_i where normalised, else 0.
+#pragma once
+
+#include "attention.h"
+
+namespace pydl {
+inline namespace PYDL_ISA {
+
+// Numbers as in pydl/ops/linear_attention.py.
+enum class Feature : int64_t { identity, elu, relu, softmax };
+
+struct LinearAttention {
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+  Quad q, k, v;
+  // In the accumulation type, dense: (heads), (batch, heads, width, value_width) and (batch, heads,
+  // width), or null.
+  const void *decay, *state, *sum;
+  const uint8_t* hidden;  // (batch, keys): not 0 where a key is to be ignored, or null
+  int64_t hidden_strides[2];
+  Feature feature;
+  bool causal, normalize;
+  double scale, eps;
+
+  PYDL_HD bool hides(int64_t b, int64_t j) const {
+    return hidden && hidden[b * hidden_strides[0] + j * hidden_strides[1]];
+  }
+  PYDL_HD int64_t state_at(int64_t b, int64_t h) const {
+    return (b * heads + h) * width * value_width;
+  }
+  PYDL_HD int64_t sum_at(int64_t b, int64_t h) const { return (b * heads + h) * width; }
+};
+
+// Data of a dense tensor of the sizes and dtype given; null where it is absent or empty.
+inline void* dense_of(const char* op, const char* name, const View& view, DType dtype,
+                      std::initializer_list<int64_t> sizes) {
+  if (view.dtype == DType::none || view.numel == 0) return nullptr;
+  bool fits = view.dtype == dtype && view.ndim == static_cast<int32_t>(sizes.size());
+  int64_t stride = view.numel;
+  for (int d = 0; fits && d < view.ndim; ++d) {
+    fits = view.sizes[d] == sizes.begin()[d];
+    stride /= view.sizes[d];
+    fits = fits && (view.sizes[d] == 1 || view.strides[d] == stride);
+  }
+  if (!fits)
+    fail("%s: %s does not fit the query, key and value in size, dtype or layout", op, name);
+  return view.data;
+}
+
+// The arguments of a call that are no outputs.
+struct LinearAttentionArgs {
+  const View *q, *k, *v, *decay, *state, *sum, *hidden;
+  int64_t feature;
+  bool causal, normalize;
+  double scale, eps;
+};
+
+inline DType accumulation_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+inline LinearAttention linear_attention_of(const char* op, const LinearAttentionArgs& args) {
+  LinearAttention a{};
+  for (const View* view : {args.q, args.k, args.v}) {
+    if (view->ndim != 4) fail("%s: wants query, key and value of 4 dimensions", op);
+    if (view->dtype != args.q->dtype) fail("%s: wants query, key and value of one dtype", op);
+    if (view->strides[3] != 1 && view->sizes[3] > 1 && view->numel > 0) {
+      fail("%s: wants neighbouring elements in the last dimension", op);
+    }
+  }
+  a.q = Quad::of(op, "query", *args.q);
+  a.k = Quad::of(op, "key", *args.k);
+  a.v = Quad::of(op, "value", *args.v);
+  a.batch = args.q->sizes[0];
+  a.heads = args.q->sizes[1];
+  a.queries = args.q->sizes[2];
+  a.width = args.q->sizes[3];
+  a.kv_heads = args.k->sizes[1];
+  a.keys = args.k->sizes[2];
+  a.value_width = args.v->sizes[3];
+  const bool fits = args.k->sizes[0] == a.batch && args.v->sizes[0] == a.batch &&
+                    args.v->sizes[1] == a.kv_heads && args.v->sizes[2] == a.keys &&
+                    args.k->sizes[3] == a.width && (!args.causal || a.keys == a.queries);
+  if (!fits || (a.kv_heads > 0 ? a.heads % a.kv_heads != 0 : a.heads != 0)) {
+    fail(
+        "%s: wants key (batch, kv heads, keys, width) and value (batch, kv heads, keys, value "
+        "width) that fit a query of (%lld, %lld, %lld, %lld)",
+        op, static_cast<long long>(a.batch), static_cast<long long>(a.heads),
+        static_cast<long long>(a.queries), static_cast<long long>(a.width));
+  }
+  const DType wide = accumulation_of(args.q->dtype);
+  a.decay = dense_of(op, "decay", *args.decay, wide, {a.heads});
+  a.state = dense_of(op, "state", *args.state, wide, {a.batch, a.heads, a.width, a.value_width});
+  a.sum = dense_of(op, "sum", *args.sum, wide, {a.batch, a.heads, a.width});
+  if (args.hidden->dtype != DType::none && args.hidden->numel > 0) {
+    const View& m = *args.hidden;
+    if (m.dtype != DType::u8 || m.ndim != 2 || m.sizes[0] != a.batch || m.sizes[1] != a.keys) {
+      fail("%s: key_padding_mask wants truth values of (batch, keys)", op);
+    }
+    a.hidden = static_cast<const uint8_t*>(m.data);
+    for (int d = 0; d < 2; ++d) a.hidden_strides[d] = m.strides[d];
+  }
+  if (args.feature < 0 || args.feature > 3) {
+    fail("%s: feature map %lld is none", op, static_cast<long long>(args.feature));
+  }
+  if (a.decay && !args.causal) fail("%s: decay wants the causal form", op);
+  a.feature = static_cast<Feature>(args.feature);
+  a.causal = args.causal;
+  a.normalize = args.normalize;
+  a.scale = args.scale;
+  a.eps = args.eps;
+  return a;
+}
+
+}  // namespace PYDL_ISA
+}  // namespace pydl

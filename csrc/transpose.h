@@ -1,0 +1,76 @@
+// CPU: transposes a small matrix in registers, so that products read both factors by rows.
+#pragma once
+
+#include <utility>
+
+#include "gemm.h"
+
+namespace pydl {
+inline namespace PYDL_ISA {
+
+// Places of a register's lanes, known while compiling.
+template <class Place, int... I>
+PYDL_HD vint places(const Place& place, std::integer_sequence<int, I...>) {
+  return vint{place(I)...};
+}
+using EachLane = std::make_integer_sequence<int, kLanes>;
+
+// The sum of the lanes, by halves.
+template <int kHalf>
+PYDL_HD vfloat fold_to(vfloat x) {
+  if constexpr (kHalf == 0) {
+    return x;
+  } else {
+    const vint from = places([](int l) { return (l + kHalf) % kLanes; }, EachLane{});
+    return fold_to<kHalf / 2>(x + __builtin_shuffle(x, from));
+  }
+}
+PYDL_HD float fold(vfloat x) { return fold_to<kLanes / 2>(x)[0]; }
+PYDL_HD double fold(double x) { return x; }
+
+// One step of transposing a square of registers: of each two rows kHalf apart, the upper half of
+// every 2 kHalf lanes of the first changes places with the lower half of the second.
+template <int kHalf>
+PYDL_HD void exchange(vfloat* x) {
+  const vint first = places([](int l) { return l & kHalf ? l - kHalf + kLanes : l; }, EachLane{});
+  const vint second = places([](int l) { return l & kHalf ? l + kLanes : l + kHalf; }, EachLane{});
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kHalf) continue;
+    const vfloat a = x[i], b = x[i + kHalf];
+    x[i] = __builtin_shuffle(a, b, first);
+    x[i + kHalf] = __builtin_shuffle(a, b, second);
+  }
+}
+
+// to (columns x rows) = from (rows x columns), whose rows can be read to the end of a register.
+// Rows of `to` are padded with zeros.
+template <class A>
+void transpose(const A* from, int64_t from_row, int64_t rows, int64_t columns, A* to,
+               int64_t to_row) {
+  constexpr int64_t kWidth = Register<A>::lanes;
+  for (int64_t r = 0; r < rows; r += kWidth) {
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      if constexpr (kWidth == 1) {
+        to[c * to_row + r] = from[r * from_row + c];
+      } else {
+        vfloat x[kWidth];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) {
+          x[i] = r + i < rows ? load(from + (r + i) * from_row + c) : vfloat{};
+        }
+        if constexpr (kWidth > 8) exchange<8>(x);
+        if constexpr (kWidth > 4) exchange<4>(x);
+        exchange<2>(x);
+        exchange<1>(x);
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j) {
+          if (c + j < columns) store(to + (c + j) * to_row + r, x[j]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace PYDL_ISA
+}  // namespace pydl
