@@ -23,6 +23,7 @@ from pydl.kernels.attention_tile import (
     keys_seen,
     product,
     rows_of,
+    scaled,
     scores,
     sequence,
     start_of,
@@ -50,6 +51,10 @@ def fwd_tile(
         top = tl.where(above == float("-inf"), 0.0, above * numbers.factor)
         p = tl.exp2(tl.fma(s, numbers.factor, -top[:, None]))
         share = tl.exp2(tl.fma(most, numbers.factor, -top))
+    elif FORM.NATURAL:
+        top = tl.where(above == float("-inf"), 0.0, above)
+        p = tl.exp(s - top[:, None])
+        share = tl.exp(most - top)
     else:
         top = tl.where(above == float("-inf"), 0.0, above)
         p = tl.exp2(s - top[:, None])
@@ -89,6 +94,7 @@ def fwd_kernel(
     k_start = start_of(inputs.k, batch, h // group, first_k)
     v_start = start_of(inputs.v, batch, h // group, first_k)
     x = block(q_start, inputs.q.row, first_i, queries, width, BLOCK_Q, WIDTH, False, FORM.EVEN)
+    x = scaled(x, numbers, FORM)
     i = first_i + tl.arange(0, BLOCK_Q)[:, None]
     sums = tl.zeros((BLOCK_Q, VALUES), dtype=tl.float32)
     most = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
@@ -120,7 +126,9 @@ def fwd_kernel(
         mask=(i < queries) & (c < value_width),
     )  # fmt: skip
     # The logarithm's end, which fp32 alone would lose: weights are e^(score - lse - rest).
-    whole = tl.where(nothing, 0.0, most).to(tl.float64) * _LN2
+    whole = tl.where(nothing, 0.0, most).to(tl.float64)
+    if not FORM.NATURAL:
+        whole = whole * _LN2
     if FORM.PLAIN:
         whole = whole * numbers.factor
     whole += tl.log(total).to(tl.float64)

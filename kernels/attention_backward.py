@@ -19,7 +19,9 @@ from pydl.kernels.attention_tile import (
     launch_rows,
     product,
     queries_seeing,
+    row_numbers_of,
     rows_of,
+    scaled,
     score_gradient,
     sequence,
     start_of,
@@ -39,18 +41,19 @@ def dkv_tile(
     """Adds the queries from `first` on. Tiles have keys for rows."""
     i = first + tl.arange(0, BLOCK_Q)[None, :]
     x = block(q_start, inputs.q.row, first, queries, width, BLOCK_Q, WIDTH, not EDGE, FORM.EVEN)
+    x = scaled(x, numbers, FORM)
+    top, left_over, delta = row_numbers_of(numbers_of, all_rows, first, queries, BLOCK_Q, FORM)
     p, slope, factor = weights(
-        product(y, tl.trans(x)), i, j, first_j, b, h, numbers_of, all_rows, inputs, numbers, heads,
-        longest_q, longest_k, queries, keys, shift, left, right, EDGE, FORM, BLOCK_K,
+        product(y, tl.trans(x)), i, j, first_j, b, h, top[None, :], left_over[None, :], inputs,
+        numbers, heads, longest_q, longest_k, queries, keys, shift, left, right, EDGE, FORM,
+        BLOCK_K,
     )  # fmt: skip
     d = block(
         dout_start, dout.row, first, queries, value_width, BLOCK_Q, VALUES, not EDGE, FORM.EVEN
     )
     w = p * factor if FORM.DROPOUT > 0 else p
     dv += product(rounded(w, d.dtype), d)
-    ds = score_gradient(
-        p, product(v, tl.trans(d)), factor, i, numbers_of, all_rows, queries, EDGE, FORM
-    )
+    ds = score_gradient(p, product(v, tl.trans(d)), factor, delta[None, :], FORM)
     if FORM.SOFTCAP:
         ds *= slope
     dk += product(rounded(ds, x.dtype), x)
@@ -106,7 +109,9 @@ def dkv_kernel(
             )  # fmt: skip
     c = tl.arange(0, WIDTH)[None, :]
     to = start_of(dk, batch, g, first_k) + j.to(tl.int64) * dk.row + c
-    value = rounded(dk_sums * numbers.scale, dk.data.dtype.element_ty)
+    if not FORM.NATURAL:
+        dk_sums *= numbers.scale
+    value = rounded(dk_sums, dk.data.dtype.element_ty)
     tl.store(to, value, mask=(j < keys) & (c < width))
     c = tl.arange(0, VALUES)[None, :]
     to = start_of(dv, batch, g, first_k) + j.to(tl.int64) * dv.row + c
@@ -116,7 +121,7 @@ def dkv_kernel(
 
 @triton.jit
 def dq_tile(
-    sums, x, d, i, first, b, h, k_start, v_start, numbers_of, all_rows, inputs, numbers, heads,
+    sums, x, d, top, left_over, delta, i, first, b, h, k_start, v_start, inputs, numbers, heads,
     longest_q, longest_k, queries, keys, width, value_width, shift, left, right,
     EDGE: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
     VALUES: tl.constexpr,
@@ -128,12 +133,11 @@ def dq_tile(
         v_start, inputs.v.row, first, keys, value_width, BLOCK_K, VALUES, not EDGE, FORM.EVEN
     )
     p, slope, factor = weights(
-        product(x, tl.trans(y)), i, j, first, b, h, numbers_of, all_rows, inputs, numbers, heads,
-        longest_q, longest_k, queries, keys, shift, left, right, EDGE, FORM, BLOCK_K,
+        product(x, tl.trans(y)), i, j, first, b, h, top[:, None], left_over[:, None], inputs,
+        numbers, heads, longest_q, longest_k, queries, keys, shift, left, right, EDGE, FORM,
+        BLOCK_K,
     )  # fmt: skip
-    ds = score_gradient(
-        p, product(d, tl.trans(v)), factor, i, numbers_of, all_rows, queries, True, FORM
-    )
+    ds = score_gradient(p, product(d, tl.trans(v)), factor, delta[:, None], FORM)
     if FORM.SOFTCAP:
         ds *= slope
     return sums + product(rounded(ds, y.dtype), y)
@@ -165,8 +169,10 @@ def dq_kernel(
     x = block(q_start, inputs.q.row, first_i, queries, width, BLOCK_Q, WIDTH, False, FORM.EVEN)
     d = block(dout_start, dout.row, first_i, queries, value_width, BLOCK_Q, VALUES, False,
               FORM.EVEN)  # fmt: skip
+    x = scaled(x, numbers, FORM)
     i = first_i + tl.arange(0, BLOCK_Q)[:, None]
     numbers_of = row_numbers + (batch * heads + h) * rows + first_q
+    top, left_over, delta = row_numbers_of(numbers_of, all_rows, first_i, queries, BLOCK_Q, FORM)
     sums = tl.zeros((BLOCK_Q, WIDTH), dtype=tl.float32)
     last_i = tl.minimum(first_i + BLOCK_Q, queries)
     full_begin, full_end, begin, before, edges = keys_seen(
@@ -174,15 +180,15 @@ def dq_kernel(
     )
     for first in range(full_begin, full_end, BLOCK_K):
         sums = dq_tile(
-            sums, x, d, i, first, b, h, k_start, v_start, numbers_of, all_rows, inputs, numbers,
+            sums, x, d, top, left_over, delta, i, first, b, h, k_start, v_start, inputs, numbers,
             heads, longest_q, longest_k, queries, keys, width, value_width, shift, left, right,
             False, FORM, BLOCK_K, WIDTH, VALUES,
         )  # fmt: skip
     for t in range(edges):
         sums = dq_tile(
-            sums, x, d, i, edge(t, begin, before, full_end, BLOCK_K), b, h, k_start, v_start,
-            numbers_of, all_rows, inputs, numbers, heads, longest_q, longest_k, queries, keys,
-            width, value_width, shift, left, right, True, FORM, BLOCK_K, WIDTH, VALUES,
+            sums, x, d, top, left_over, delta, i, edge(t, begin, before, full_end, BLOCK_K), b, h,
+            k_start, v_start, inputs, numbers, heads, longest_q, longest_k, queries, keys, width,
+            value_width, shift, left, right, True, FORM, BLOCK_K, WIDTH, VALUES,
         )  # fmt: skip
     c = tl.arange(0, WIDTH)[None, :]
     to = start_of(dq, batch, h, first_q) + i.to(tl.int64) * dq.row + c

@@ -16,6 +16,8 @@ from pydl.kernels.attention_tile import (
     block,
     keys_seen,
     product,
+    row_numbers_of,
+    scaled,
     score_gradient,
     sequence,
     start_of,
@@ -50,13 +52,13 @@ def bias_tile(
     v = tl.load(
         v_start + r.to(tl.int64) * inputs.v.row + c, mask=there & (c < value_width), other=0.0
     )
+    top, left_over, delta = row_numbers_of(numbers_of, all_rows, first_i, queries, BLOCK_Q, FORM)
     p, _, factor = weights(
-        product(x, tl.trans(y)), i, tl.maximum(j, 0), first_j, b, h, numbers_of, all_rows, inputs,
-        numbers, heads, longest_q, longest_k, queries, keys, shift, left, right, True, FORM, 0,
+        product(scaled(x, numbers, FORM), tl.trans(y)), i, tl.maximum(j, 0), first_j, b, h,
+        top[:, None], left_over[:, None], inputs, numbers, heads, longest_q, longest_k, queries,
+        keys, shift, left, right, True, FORM, 0,
     )  # fmt: skip
-    ds = score_gradient(
-        p, product(d, tl.trans(v)), factor, i, numbers_of, all_rows, queries, True, FORM
-    )
+    ds = score_gradient(p, product(d, tl.trans(v)), factor, delta[:, None], FORM)
     return tl.where(j >= 0, ds, 0.0)
 
 

@@ -1,9 +1,10 @@
 """What attention's Triton kernels share: how a call is passed to them, which keys a block of queries
 sees, and what is added to a tile of scores. See csrc/attention.h for what is computed.
 
-Scores are in base 2: a product of query and key times `factor`, which is scale / ln 2. Tiles may
-have queries or keys for rows: `i` and `j` hold their numbers, of sizes (n, 1) and (1, n) or the
-reverse.
+Scores are in base 2: a product of query and key times `factor`, which is scale / ln 2. In fp32,
+where that would round once more, they are in base e, and the queries are multiplied with the scale.
+Tiles may have queries or keys for rows: `i` and `j` hold their numbers, of sizes (n, 1) and (1, n)
+or the reverse.
 """
 
 from __future__ import annotations
@@ -57,21 +58,22 @@ class Inputs(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """`cap` and `inverse` are of softcap, the first in base 2, the second for products of query and
-    key."""
+    """`cap` is softcap in the scores' base, `unit` that of what is added, and `inverse` makes a
+    product of query and key the hyperbolic tangent's argument."""
 
     factor: float
     scale: float
     cap: float
     inverse: float
+    unit: float
     limit: int
     kept: float
 
 
 class Form(NamedTuple):
     """What a kernel is compiled for. MASK: 1 of truth values, 2 added. DROPOUT: 4 where four keys
-    share a draw's block, else 1. PLAIN: scores are factor times a product, where they are seen, and
-    fp32's last digit does not matter. EVEN: widths are what they are padded to."""
+    share a draw's block, else 1. NATURAL: in base e. PLAIN: scores are factor times a product, where
+    they are seen. EVEN: widths are what they are padded to."""
 
     PACKED: bool
     WINDOW: bool
@@ -79,6 +81,7 @@ class Form(NamedTuple):
     SOFTCAP: bool
     RELATIVE: bool
     DROPOUT: int
+    NATURAL: bool
     PLAIN: bool
     EVEN: bool
 
@@ -192,14 +195,14 @@ def scores(s, i, j, b, h, inputs, numbers, queries, keys, shift, left, right,
             t = act_forward(s * numbers.inverse, 0.0, 2)
             slope = 1.0 - t * t
             s = t * numbers.cap
-        else:
+        elif not FORM.NATURAL:
             s = s * numbers.factor
     if FORM.RELATIVE:
         bias = inputs.relative
         offset = j - (i + shift) + left
         inside = (offset >= 0) & (offset <= left + right) & (i < queries) & (j < keys)
         at = bias.data + tl.cast(h, tl.int64) * bias.head + offset.to(tl.int64) * bias.column
-        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * numbers.unit
     if FORM.MASK > 0:
         bias = inputs.mask
         at = bias.data + tl.cast(b, tl.int64) * bias.batch + tl.cast(h, tl.int64) * bias.head
@@ -209,7 +212,7 @@ def scores(s, i, j, b, h, inputs, numbers, queries, keys, shift, left, right,
         if FORM.MASK == 1:
             s = tl.where(value != 0, s, float("-inf"))
         else:
-            s += value.to(tl.float32) * _LOG2E
+            s += value.to(tl.float32) * numbers.unit
     if EDGE:
         seen = j < keys
         if FORM.WINDOW:
@@ -257,7 +260,29 @@ def kept(word, numbers):
 
 
 @triton.jit
-def weights(s, i, j, first, b, h, numbers_of, all_rows, inputs, numbers, heads, longest_q,
+def row_numbers_of(start, all_rows, first, queries, N: tl.constexpr, FORM: tl.constexpr):
+    """(the logarithm of the denominator in two numbers, delta) of N rows, see rows_kernel. Past the
+    end, as in rows that see nothing, the first is infinite: weights are 0."""
+    i = first + tl.arange(0, N)
+    top = tl.load(start + i, mask=i < queries, other=float("inf"))
+    left_over = top
+    if FORM.NATURAL:
+        left_over = tl.load(start + all_rows + i, mask=i < queries, other=0.0)
+    delta = tl.load(start + 2 * all_rows + i, mask=i < queries, other=0.0)
+    return top, left_over, delta
+
+
+@triton.jit
+def scaled(x, numbers, FORM: tl.constexpr):
+    """Queries as the products want them."""
+    if FORM.NATURAL:
+        return x * numbers.scale
+    else:
+        return x
+
+
+@triton.jit
+def weights(s, i, j, first, b, h, top, left_over, inputs, numbers, heads, longest_q,
             longest_k, queries, keys, shift, left, right,
             EDGE: tl.constexpr, FORM: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """(softmax' weights again, the softcap's slope, dropout's factors) of products s, whose N keys
@@ -265,12 +290,10 @@ def weights(s, i, j, first, b, h, numbers_of, all_rows, inputs, numbers, heads, 
     s, slope = scores(
         s, i, j, b, h, inputs, numbers, queries, keys, shift, left, right, EDGE, FORM
     )
-    # Past the end, and in rows that see nothing, it is infinite: weights are 0.
-    top = tl.load(numbers_of + i, mask=i < queries, other=float("inf"))
     if FORM.PLAIN:
         p = tl.exp2(tl.fma(s, numbers.factor, -top))
-    elif inputs.q.data.dtype.element_ty == tl.float32:
-        p = tl.exp2((s - top) - tl.load(numbers_of + all_rows + i, mask=i < queries, other=0.0))
+    elif FORM.NATURAL:
+        p = tl.exp((s - top) - left_over)
     else:
         p = tl.exp2(s - top)
     factor = p
@@ -285,10 +308,8 @@ def weights(s, i, j, first, b, h, numbers_of, all_rows, inputs, numbers, heads, 
 
 
 @triton.jit
-def score_gradient(p, dp, factor, i, numbers_of, all_rows, queries,
-                   EDGE: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
+def score_gradient(p, dp, factor, delta, FORM: tl.constexpr):
     """Of the scores that a mask is added to. dp: dout times value."""
-    delta = tl.load(numbers_of + 2 * all_rows + i, mask=i < queries, other=0.0)
     if FORM.DROPOUT > 0:
         dp *= factor
     return p * (dp - delta)
@@ -297,11 +318,11 @@ def score_gradient(p, dp, factor, i, numbers_of, all_rows, queries,
 @triton.jit(do_not_specialize=("heads", "rows", "all_rows", "blocks"))
 def rows_kernel(
     row_numbers, dout, dlse, out, lse, rest, heads, rows, all_rows, value_width, blocks,
-    DLSE: tl.constexpr, BLOCK: tl.constexpr, VALUES: tl.constexpr,
+    DLSE: tl.constexpr, NATURAL: tl.constexpr, BLOCK: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """row_numbers: (3, batch, heads, rows): the logarithm of the weights' denominator in base 2 in
-    two numbers, infinite where there is none, and the sum of out dout, less dlse. Grid: batch x
-    heads x blocks of rows."""
+    """row_numbers: (3, batch, heads, rows): the logarithm of the weights' denominator in the scores'
+    base in two numbers, infinite where there is none, and the sum of out dout, less dlse. Grid:
+    batch x heads x blocks of rows."""
     program = tl.program_id(0)
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     h = program // blocks % heads
@@ -312,7 +333,9 @@ def rows_kernel(
     number = tl.load(lse + at, mask=inside, other=0.0).to(tl.float64)
     nothing = number == float("-inf")
     left_over = tl.load(rest + at, mask=inside, other=0.0).to(tl.float64)
-    whole = (tl.where(nothing, 0.0, number) + left_over) * _LOG2E
+    whole = tl.where(nothing, 0.0, number) + left_over
+    if not NATURAL:
+        whole = whole * _LOG2E
     top = whole.to(tl.float32)
     tl.store(row_numbers + at, tl.where(nothing, float("inf"), top), mask=inside)
     left_over = (whole - top.to(tl.float64)).to(tl.float32)
@@ -338,8 +361,8 @@ def launch_rows(
     if batch * heads * blocks > 0:
         rows_kernel[(batch * heads * blocks,)](
             row_numbers, rows_of(dout), rows_of(lse if dlse is None else dlse), rows_of(out), lse,
-            rest, heads, rows, lse.numel(), value_width, blocks, DLSE=dlse is not None, BLOCK=size,
-            VALUES=values, num_warps=4,
+            rest, heads, rows, lse.numel(), value_width, blocks, DLSE=dlse is not None,
+            NATURAL=out.dtype == torch.float32, BLOCK=size, VALUES=values, num_warps=4,
         )  # fmt: skip
     return row_numbers
 
@@ -452,10 +475,12 @@ def call_of(
         q if offsets_q is None else offsets_q, q if offsets_k is None else offsets_k,
         q if seed is None else seed.contiguous(),
     )  # fmt: skip
-    log2e = 1 / math.log(2)
+    natural = q.dtype == torch.float32
+    unit = 1.0 if natural else 1 / math.log(2)
     numbers = Numbers(
-        ctypes.c_float(scale * log2e).value, float(scale), float(softcap * log2e),
-        float(scale / softcap) if capped else 0.0, threshold(p), 1 / (1 - p) if p < 1 else 0.0,
+        ctypes.c_float(scale * unit).value, float(scale), float(softcap * unit),
+        (1.0 if natural else scale) / softcap if capped else 0.0, unit, threshold(p),
+        1 / (1 - p) if p < 1 else 0.0,
     )  # fmt: skip
     sizes = Sizes(
         heads, heads // max(1, kv_heads), queries, keys, width, value_width,
@@ -465,7 +490,7 @@ def call_of(
     form = Form(
         packed, left >= 0 or right >= 0, kind, capped, relative is not None,
         0 if p == 0 else 4 if keys % 4 == 0 else 1,
-        scale > 0 and kind < 2 and not capped and relative is None and q.element_size() == 2,
+        natural, not natural and scale > 0 and kind < 2 and not capped and relative is None,
         padded == [width, value_width],
     )  # fmt: skip
     return Call(inputs, numbers, sizes, form, batch, kv_heads, (padded[0], padded[1]))
