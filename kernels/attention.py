@@ -14,7 +14,6 @@ from pydl.kernels.attention_backward import bwd
 from pydl.kernels.attention_tile import (
     _LN2,
     SIZES_AND_BLOCKS,
-    Call,
     block,
     call_of,
     dense,
@@ -139,21 +138,19 @@ def fwd_kernel(
     tl.store(rest + at, left_over, mask=r < queries)
 
 
-def _shape(call: Call) -> dict[str, int]:
-    """The tile, by what fits the registers."""
-    most = max(call.padded)
-    if call.bytes == 4:
-        q, k, warps, stages = (64, 32, 4, 2) if most <= 64 else (64, 32, 8, 2)
-        if most > 128:
-            q, k = 32, 32
+def shape(width: int, size: int, queries: int) -> dict[str, int]:
+    """The tile for a padded width, bytes an element and number of queries: as large as the
+    registers of sm_80, sm_90 and sm_100 allow."""
+    if size == 4:
+        q, k, warps, stages = 64 if width <= 64 else 32 if width <= 128 else 16, 32, 8, 1
+    elif width <= 128:
+        q, k, warps, stages = 128, 64, 8, 3
     else:
-        q, k, warps, stages = (128, 64, 4, 3) if most <= 64 else (128, 64, 8, 3)
-        if most > 128:
-            q, k, stages = 128, 32, 2
-    if call.sizes.queries <= 16:
-        q, warps = 16, 4
-    elif call.sizes.queries <= 64 and q > 64:
+        q, k, warps, stages = 64, 32, 8, 2
+    if queries <= 64 < q:
         q, warps = 64, 4
+    if queries <= 16:
+        q, warps = 16, 4
     return {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
 
@@ -166,14 +163,14 @@ def _fwd(
     call = call_of(q, k, v, mask, relative, offsets_q, offsets_k, seed, longest_q, longest_k,
                    scale, softcap, left, right, bottom, p)  # fmt: skip
     dense(lse, rest)
-    shape = _shape(call)
-    blocks = triton.cdiv(call.sizes.queries, shape["BLOCK_Q"])
+    tile = shape(max(call.padded), q.element_size(), call.sizes.queries)
+    blocks = triton.cdiv(call.sizes.queries, tile["BLOCK_Q"])
     programs = blocks * call.batch * call.sizes.heads
     if programs == 0:
         return
     fwd_kernel[(programs,)](
         rows_of(out), lse, rest, call.inputs, call.numbers, *call.sizes, blocks, FORM=call.form,
-        WIDTH=call.padded[0], VALUES=call.padded[1], **shape,
+        WIDTH=call.padded[0], VALUES=call.padded[1], **tile,
     )  # fmt: skip
 
 

@@ -5,12 +5,12 @@ over the keys it sees, for dQ: nothing is added atomically (Dao 2023, arXiv 2307
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from pydl.kernels.attention_bias import write_dmask, write_drelative
 from pydl.kernels.attention_tile import (
     SIZES_AND_BLOCKS,
-    Call,
     block,
     call_of,
     dense,
@@ -196,30 +196,30 @@ def dq_kernel(
     tl.store(to, value, mask=(i < queries) & (c < width))
 
 
-def _dkv_shape(call: Call) -> dict[str, int]:
-    most = max(call.padded)
-    if call.bytes == 4:
-        q, k, warps, stages = 32, 32, 4 if most <= 64 else 8, 1
-    elif most <= 64:
-        q, k, warps, stages = 64, 128, 8, 2
-    elif most <= 128:
-        q, k, warps, stages = 32, 128, 8, 2
+def dkv_shape(width: int, size: int, major: int) -> dict[str, int]:
+    """The tile for a padded width, bytes an element and compute capability: what the registers
+    hold without spilling."""
+    if size == 4:
+        q, k, stages = (32, 32, 1) if width <= 64 else (16, 64 if width <= 128 else 16, 1)
+    elif width <= 64:
+        q, k, stages = 32, 128, 2
+    elif width <= 128:
+        q, k, stages = (32, 64, 2) if major < 9 else (16, 128, 2)
     else:
-        q, k, warps, stages = 32, 64, 8, 1
-    return {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        q, k, stages = 16, 64, 1
+    # Tensor memory is read through registers, which a second stage would take.
+    stages = stages if major < 10 else 1
+    return {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": 8, "num_stages": stages}
 
 
-def _dq_shape(call: Call) -> dict[str, int]:
-    most = max(call.padded)
-    if call.bytes == 4:
-        q, k, warps, stages = 32, 32, 4 if most <= 64 else 8, 1
-    elif most <= 64:
-        q, k, warps, stages = 128, 64, 8, 2
-    elif most <= 128:
-        q, k, warps, stages = 128, 32, 8, 2
+def dq_shape(width: int, size: int) -> dict[str, int]:
+    if size == 4:
+        q, k, stages = 32 if width <= 64 else 16, 32 if width <= 128 else 16, 1
+    elif width <= 128:
+        q, k, stages = 128, 64 if width <= 64 else 32, 2
     else:
-        q, k, warps, stages = 64, 32, 8, 1
-    return {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        q, k, stages = 64, 32, 1
+    return {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": 8, "num_stages": stages}
 
 
 def bwd(
@@ -237,20 +237,19 @@ def bwd(
     up = rows_of(dout)
     sizes = call.sizes
     given = (row_numbers, all_rows, up, call.inputs, call.numbers, *sizes)
-    for of_keys in (True, False):
-        shape = _dkv_shape(call) if of_keys else _dq_shape(call)
-        blocks = triton.cdiv(sizes.keys, shape["BLOCK_K"]) if of_keys else triton.cdiv(
-            sizes.queries, shape["BLOCK_Q"]
+    width, size = max(call.padded), q.element_size()
+    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
+    padded = {"WIDTH": call.padded[0], "VALUES": call.padded[1]}
+    tile = dkv_shape(width, size, major)
+    blocks = triton.cdiv(sizes.keys, tile["BLOCK_K"])
+    if programs := call.batch * call.kv_heads * blocks:
+        dkv_kernel[(programs,)](
+            rows_of(dk), rows_of(dv), *given, blocks, FORM=call.form, **padded, **tile
         )
-        programs = call.batch * (call.kv_heads if of_keys else sizes.heads) * blocks
-        if programs == 0:
-            continue
-        kernel = dkv_kernel if of_keys else dq_kernel
-        to = (rows_of(dk), rows_of(dv)) if of_keys else (rows_of(dq),)
-        kernel[(programs,)](
-            *to, *given, blocks, FORM=call.form, WIDTH=call.padded[0], VALUES=call.padded[1],
-            **shape,
-        )  # fmt: skip
+    tile = dq_shape(width, size)
+    blocks = triton.cdiv(sizes.queries, tile["BLOCK_Q"])
+    if programs := call.batch * sizes.heads * blocks:
+        dq_kernel[(programs,)](rows_of(dq), *given, blocks, FORM=call.form, **padded, **tile)
     if dmask.numel() > 0:
         write_dmask(dmask, call, given)
     if drelative.numel() > 0:

@@ -25,6 +25,7 @@ from pydl.kernels.attention_tile import (
 )
 from torch import Tensor
 
+_COUNTS = ("batches", "of_batches", "of_heads", "blocks_q", "blocks_k", "diagonals", "pieces")
 # Programs that keep a GPU busy.
 _ENOUGH = 512
 
@@ -62,7 +63,7 @@ def bias_tile(
     return tl.where(j >= 0, ds, 0.0)
 
 
-@triton.jit(do_not_specialize=(*SIZES, "batches", "of_batches", "of_heads", "blocks_q", "blocks_k", "pieces"))
+@triton.jit(do_not_specialize=(*SIZES, *_COUNTS))
 def dmask_kernel(
     to, row_numbers, all_rows, dout, inputs, numbers, heads, group, queries, keys, width,
     value_width, left, right, bottom, rows, batches, of_batches, of_heads, blocks_q, blocks_k,
@@ -133,7 +134,7 @@ def dmask_kernel(
     tl.store(to + (head + i) * columns + j, sums, mask=(i < rows_of_mask) & (j < columns))
 
 
-@triton.jit(do_not_specialize=(*SIZES, "batches", "blocks_q", "diagonals", "pieces"))
+@triton.jit(do_not_specialize=(*SIZES, *_COUNTS))
 def diagonal_kernel(
     to, row_numbers, all_rows, dout, inputs, numbers, heads, group, queries, keys, width,
     value_width, left, right, bottom, rows, batches, blocks_q, diagonals, pieces,
@@ -187,15 +188,14 @@ def drelative_kernel(
     tl.store(drelative + tl.cast(h, tl.int64) * window + w, total.to(tl.float32), mask=w < window)
 
 
-def _shape(call: Call) -> dict[str, int]:
-    most = max(call.padded)
-    side = 32 if call.bytes == 4 or most > 128 else 64
-    return {"num_warps": 4 if most <= 64 else 8, "num_stages": 1, "side": side}
+def shape(width: int, size: int) -> tuple[int, dict[str, int]]:
+    """(a square tile's side, options) for a padded width and bytes an element."""
+    small = size == 4 or width > 128
+    return 32 if small else 64, {"num_warps": 8, "num_stages": 1}
 
 
 def write_dmask(dmask: Tensor, call: Call, given: tuple[Any, ...]) -> None:
-    shape = _shape(call)
-    side = shape.pop("side")
+    side, options = shape(max(call.padded), call.bytes)
     of_batches, of_heads, of_queries, of_keys = dmask.shape
     blocks_q = triton.cdiv(of_queries, side)
     blocks_k = triton.cdiv(of_keys, side)
@@ -207,15 +207,14 @@ def write_dmask(dmask: Tensor, call: Call, given: tuple[Any, ...]) -> None:
     dmask_kernel[(pieces * tiles,)](
         to, *given, call.batch, of_batches, of_heads, blocks_q, blocks_k, pieces, FORM=call.form,
         OF_QUERIES=of_queries > 1, OF_KEYS=of_keys > 1, BLOCK_Q=side, BLOCK_K=side,
-        WIDTH=call.padded[0], VALUES=call.padded[1], **shape,
+        WIDTH=call.padded[0], VALUES=call.padded[1], **options,
     )  # fmt: skip
     if pieces > 1:
         torch.sum(to, 0, out=dmask)
 
 
 def write_drelative(drelative: Tensor, call: Call, given: tuple[Any, ...]) -> None:
-    shape = _shape(call)
-    side = shape.pop("side")
+    side, options = shape(max(call.padded), call.bytes)
     heads, window = drelative.shape[1], drelative.shape[3]
     diagonals = triton.cdiv(window + side - 1, side)
     blocks_q = triton.cdiv(call.sizes.queries, side)
@@ -224,7 +223,7 @@ def write_drelative(drelative: Tensor, call: Call, given: tuple[Any, ...]) -> No
     sums = drelative.new_empty(pieces, heads, diagonals, side, side)
     diagonal_kernel[(pieces * heads * diagonals,)](
         sums, *given, call.batch, blocks_q, diagonals, pieces, FORM=call.form, N=side,
-        WIDTH=call.padded[0], VALUES=call.padded[1], **shape,
+        WIDTH=call.padded[0], VALUES=call.padded[1], **options,
     )  # fmt: skip
     drelative_kernel[(heads * triton.cdiv(window, 128),)](
         drelative, sums, heads, window, diagonals, pieces, N=side, BLOCK=128, num_warps=4

@@ -264,11 +264,12 @@ def row_numbers_of(start, all_rows, first, queries, N: tl.constexpr, FORM: tl.co
     """(the logarithm of the denominator in two numbers, delta) of N rows, see rows_kernel. Past the
     end, as in rows that see nothing, the first is infinite: weights are 0."""
     i = first + tl.arange(0, N)
+    apart = tl.cast(all_rows, tl.int64)
     top = tl.load(start + i, mask=i < queries, other=float("inf"))
     left_over = top
     if FORM.NATURAL:
-        left_over = tl.load(start + all_rows + i, mask=i < queries, other=0.0)
-    delta = tl.load(start + 2 * all_rows + i, mask=i < queries, other=0.0)
+        left_over = tl.load(start + apart + i, mask=i < queries, other=0.0)
+    delta = tl.load(start + 2 * apart + i, mask=i < queries, other=0.0)
     return top, left_over, delta
 
 
@@ -329,6 +330,7 @@ def rows_kernel(
     batch = (program // blocks // heads).to(tl.int64)
     first = batch * 0
     inside = i < rows
+    apart = tl.cast(all_rows, tl.int64)
     at = (batch * heads + h) * rows + i
     number = tl.load(lse + at, mask=inside, other=0.0).to(tl.float64)
     nothing = number == float("-inf")
@@ -339,7 +341,7 @@ def rows_kernel(
     top = whole.to(tl.float32)
     tl.store(row_numbers + at, tl.where(nothing, float("inf"), top), mask=inside)
     left_over = (whole - top.to(tl.float64)).to(tl.float32)
-    tl.store(row_numbers + all_rows + at, left_over, mask=inside)
+    tl.store(row_numbers + apart + at, left_over, mask=inside)
     x = block(start_of(out, batch, h, first), out.row, program % blocks * BLOCK, rows, value_width,
               BLOCK, VALUES, False, False).to(tl.float32)  # fmt: skip
     d = block(start_of(dout, batch, h, first), dout.row, program % blocks * BLOCK, rows,
@@ -347,7 +349,7 @@ def rows_kernel(
     delta = tl.sum(x * d, 1)
     if DLSE:
         delta -= tl.load(start_of(dlse, batch, h, first) + i.to(tl.int64) * dlse.row, mask=inside)
-    tl.store(row_numbers + 2 * all_rows + at, tl.where(nothing, 0.0, delta), mask=inside)
+    tl.store(row_numbers + 2 * apart + at, tl.where(nothing, 0.0, delta), mask=inside)
 
 
 def launch_rows(
@@ -395,7 +397,7 @@ class Sizes(NamedTuple):
     rows: int
 
 
-SIZES = ("heads", "group", "queries", "keys", "left", "right", "bottom", "rows")
+SIZES = ("heads", "group", "queries", "keys", "left", "right", "bottom", "rows", "all_rows")
 SIZES_AND_BLOCKS = (*SIZES, "blocks")
 
 
