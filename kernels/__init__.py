@@ -8,7 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pydl.kernels import activation, add_norm, batch_norm, bias_act, gated_act, layer_norm
+from pydl.kernels import (
+    activation,
+    add_norm,
+    attention,
+    batch_norm,
+    bias_act,
+    gated_act,
+    layer_norm,
+)
 from torch import Tensor
 
 from pydl._native import C
@@ -57,7 +65,7 @@ def register() -> None:
         return
     _library = torch.library.Library("pydl_triton", "DEF")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    for module in (activation, add_norm, batch_norm, bias_act, gated_act, layer_norm):
+    for module in (activation, add_norm, attention, batch_norm, bias_act, gated_act, layer_norm):
         for name, function in module.EXPORTS.items():
             schema = next(
                 s for backend, known, s, _ in C.entries() if (backend, known) == ("cpu", name)
