@@ -34,7 +34,7 @@ class Settings(NamedTuple):
 def features(x: Tensor, feature: int) -> Tensor:
     """phi(x), over the last dimension."""
     if feature == 1:
-        return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
+        return torch.where(x > 0, x + 1, torch.exp(torch.where(x > 0, 0, x)))
     if feature == 2:
         return torch.where(x <= 0, torch.zeros_like(x), x)
     return torch.softmax(x, -1) if feature == 3 else x
