@@ -57,7 +57,6 @@ def test_opcheck(op: Op, backend: str) -> None:
 
 def test_every_operator_is_reached(backend: str) -> None:
     """No operator is exported that no op of the table calls."""
-    from pydl._native import C
     from pydl.table import TABLE
 
     recorder = watch.Recorder()
@@ -68,14 +67,10 @@ def test_every_operator_is_reached(backend: str) -> None:
             for case in op.cases(torch.float32, harness.device(backend)):
                 if harness.elements(case) < 6000:
                     harness.run(harness.on(op, backend), case, torch.float32)
-    reached = {str(kernel) for kernel, _ in recorder.calls}
-    if backend == "cpu" or (backend == "cuda" and harness.real_cuda()):
-        exported = {f"pydl_{b}.{name}.default" for b, name, *_ in C.entries() if b == backend}
-        assert reached == exported
-    else:
-        assert {name.split(".")[1] for name in reached} == {
-            name for b, name in backends._OPS if b == backend
-        }
+    # SyncBatchNorm's, which tests/test_sync_batch_norm.py runs between processes.
+    apart = {"batch_norm_moments", "batch_norm_sums", "batch_norm_dx"}
+    reached = {str(kernel).split(".")[1] for kernel, _ in recorder.calls}
+    assert reached | apart == {name for known, name in backends._OPS if known == backend}
 
 
 def test_schemas_say_what_is_written(backend: str) -> None:
