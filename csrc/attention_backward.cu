@@ -1,5 +1,5 @@
 // CUDA: attention backward.
-#include "attention_backward.cuh"
+#include "attention_queries.cuh"
 
 namespace pydl {
 inline namespace PYDL_ISA {

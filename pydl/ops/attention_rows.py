@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pydl.ops.dot_product import local_attention, scaled_dot_product_attention
+from pydl.ops.dot_product import scaled_dot_product_attention
+from pydl.ops.local_attention import local_attention
 from pydl.ops.samples import bytes_of
 from pydl.table import LAYOUTS, Case, Cost, Make, Op, register
 

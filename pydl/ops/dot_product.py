@@ -1,8 +1,7 @@
-"""scaled_dot_product_attention, local_attention and varlen_attention: what users call."""
+"""scaled_dot_product_attention, and what the other calls of the engine have in common with it."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from pydl import autograd
 from pydl.backends import choose
-from pydl.ops.attention import RULE, Settings, call, definition, visible
+from pydl.ops.attention import RULE, Settings, call, definition
 from pydl.ops.bias_act import lowered
 from pydl.ops.philox import draw_seed
 
@@ -44,30 +43,30 @@ def window_of(op: str, window: Window, causal: bool) -> tuple[int, int]:
     return (pair[0], 0) if causal else pair
 
 
-def _error(op: str, what: str) -> RuntimeError:
+def refusal(op: str, what: str) -> RuntimeError:
     return RuntimeError(f"pydl: {op}: {what}")
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool) -> None:
+def check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool) -> None:
     """Raises for what does not fit."""
     shapes = f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
     if min(q.dim(), k.dim(), v.dim()) < 2 or not q.dim() == k.dim() == v.dim():
-        raise _error(op, f"{shapes}: wants as many dimensions of each, 2 at least")
+        raise refusal(op, f"{shapes}: wants as many dimensions of each, 2 at least")
     if k.shape[-1] != q.shape[-1] or v.shape[-2] != k.shape[-2]:
-        raise _error(op, f"{shapes}: wants query and key of one width, and as many values as keys")
+        raise refusal(op, f"{shapes}: wants query and key of one width, and as many values as keys")
     if gqa and (q.dim() < 3 or k.shape[-3] != v.shape[-3] or q.shape[-3] % max(1, k.shape[-3])):
-        raise _error(op, f"{shapes}: enable_gqa wants heads that the keys' heads divide")
+        raise refusal(op, f"{shapes}: enable_gqa wants heads that the keys' heads divide")
     if mask is not None:
         if mask.device != q.device:
-            raise _error(op, f"attn_mask is on {mask.device}, wants the query's, {q.device}")
+            raise refusal(op, f"attn_mask is on {mask.device}, wants the query's, {q.device}")
         if mask.dtype not in (torch.bool, q.dtype, torch.float32):
-            raise _error(
+            raise refusal(
                 op,
                 f"attn_mask has dtype {mask.dtype}, wants bool, float32 or the query's, {q.dtype}",
             )
 
 
-class _Folded:
+class Folded:
     """Queries, keys and values as (batch, heads, rows, columns), and the way back."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> None:
@@ -100,7 +99,7 @@ class _Folded:
         except RuntimeError:
             fits = False
         if not fits:
-            raise _error(
+            raise refusal(
                 op,
                 f"attn_mask has shape {tuple(mask.shape)}, wants one that broadcasts to {wanted}",
             )
@@ -113,7 +112,7 @@ class _Folded:
         return mask.expand(*wanted[:-3], *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
 
 
-def _run(
+def run(
     chosen: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, relative: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -121,7 +120,7 @@ def _run(
     return autograd.in_reference(RULE, *args) if chosen == "reference" else call(chosen, *args)
 
 
-def _dropout(op: str, p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
+def seed_of(op: str, p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
     if not 0 <= p <= 1:
         raise ValueError(f"pydl: {op}: dropout_p is {p}, wants 0 to 1")
     return None if p == 0 else draw_seed(device) if seed is None else seed
@@ -187,14 +186,14 @@ def scaled_dot_product_attention(
             "'bottom_right'"
         )
     if is_causal and attn_mask is not None:
-        raise _error(op, "attn_mask was given along with is_causal, wants one of them")
+        raise refusal(op, "attn_mask was given along with is_causal, wants one of them")
     left, right = window_of(op, window, is_causal)
     if attn_mask is not None and attn_mask.is_floating_point():
         query, key, value, attn_mask = lowered(query, key, value, attn_mask)
     else:
         query, key, value = lowered(query, key, value)
     chosen = choose(op, backend, query, key, value)
-    _check(op, query, key, value, attn_mask, enable_gqa)
+    check(op, query, key, value, attn_mask, enable_gqa)
     p = float(dropout_p)
     bottom = causal_alignment == "bottom_right"
     plain = not (bottom and is_causal) and window is None and not softcap and not return_lse
@@ -202,248 +201,14 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    folded = _Folded(query, key, value, enable_gqa)
+    folded = Folded(query, key, value, enable_gqa)
     q, k, v = folded.tensors
     settings = Settings(
-        _dropout(op, p, seed, query.device), None, None, q.shape[2], k.shape[2],
+        seed_of(op, p, seed, query.device), None, None, q.shape[2], k.shape[2],
         1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
         float(softcap or 0.0), left, right, bottom, p,
     )  # fmt: skip
     args = (q, k, v, folded.mask(op, attn_mask), None)
-    out, lse = definition(*args, *settings) if chosen == "torch" else _run(chosen, *args, settings)
+    out, lse = definition(*args, *settings) if chosen == "torch" else run(chosen, *args, settings)
     out = out.view(folded.shape)
     return (out, lse.view(folded.shape[:-1])) if return_lse else out
-
-
-def local_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window_size: int | tuple[int, int],
-    *,
-    causal: bool = False,
-    key_padding_mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    dilation: int = 1,
-    seed: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Attention within a window, `softmax(scale * query @ key.T) @ value` over keys near the query.
-
-    Time and memory grow with L times the window: what lies outside it is never visited.
-
-    Args:
-        query: (..., H, L, E), any strides and floating dtype.
-        key: (..., H, L, E).
-        value: (..., H, L, Ev).
-        window_size: An odd total width centred on the query (7 sees 3 before and 3 after), or a
-            pair of how many before and after, -1 for all.
-        causal: See no key after the query's own.
-        key_padding_mask: (B, L), True where a key is to be ignored, as in
-            `torch.nn.MultiheadAttention`.
-        bias: (H, left + 1 + right): added to the score of each head and offset from the query's
-            key, the first before to the last after; has a gradient. With `causal` right is 0.
-        dropout_p: As in `scaled_dot_product_attention`, like `scale` and `seed`.
-        scale: None for `1 / sqrt(E)`.
-        dilation: How many positions apart the keys are that a query sees; more than 1 works on
-            copies.
-        seed: See `scaled_dot_product_attention`.
-        backend: Who computes; see `pydl.backends`.
-
-    Returns:
-        (..., H, L, Ev) in the query's dtype; rows that see no key are 0.
-
-    Raises:
-        ValueError: `window_size`, `dilation` or `dropout_p` is none of the above.
-        RuntimeError: shapes, dtypes or devices do not fit.
-    """
-    op = "local_attention"
-    left, right = window_of(op, window_size, causal)
-    if dilation < 1:
-        raise ValueError(f"pydl: {op}: dilation is {dilation}, wants 1 or more")
-    if bias is not None:
-        query, key, value, bias = lowered(query, key, value, bias)
-    else:
-        query, key, value = lowered(query, key, value)
-    chosen = choose(op, backend, query, key, value)
-    _check(op, query, key, value, None, False)
-    if query.dim() < 3 or query.shape[-2] != key.shape[-2]:
-        raise _error(
-            op, f"query {tuple(query.shape)}, key {tuple(key.shape)}: wants (..., H, L, E), as "
-            "many keys as queries"
-        )  # fmt: skip
-    folded = _Folded(query, key, value, True)
-    q, k, v = folded.tensors
-    heads, length = q.shape[1], q.shape[2]
-    relative = None
-    if bias is not None:
-        if min(left, right) < 0 or tuple(bias.shape) != (heads, left + 1 + right):
-            raise _error(
-                op, f"bias has shape {tuple(bias.shape)}, wants ({heads}, left + 1 + right) and a "
-                f"bounded window; it is ({left}, {right})"
-            )  # fmt: skip
-        if bias.dtype not in (query.dtype, torch.float32) or bias.device != query.device:
-            raise _error(
-                op, f"bias is {bias.dtype} on {bias.device}, wants {query.dtype} or float32 on "
-                f"{query.device}"
-            )  # fmt: skip
-        relative = bias[None, :, None]
-    mask = None
-    if key_padding_mask is not None:
-        if key_padding_mask.dtype != torch.bool or tuple(key_padding_mask.shape) != (
-            q.shape[0], length,
-        ):  # fmt: skip
-            raise _error(
-                op, f"key_padding_mask is {key_padding_mask.dtype} "
-                f"{tuple(key_padding_mask.shape)}, wants bool ({q.shape[0]}, {length})"
-            )  # fmt: skip
-        mask = ~key_padding_mask[:, None, None]
-    steps = _Steps(q, dilation) if dilation > 1 else None
-    if steps is not None:
-        q, k, v = (steps.apart(t) for t in (q, k, v))
-        mask = steps.mask(mask)
-    p = float(dropout_p)
-    settings = Settings(
-        _dropout(op, p, seed, query.device), None, None, q.shape[2], k.shape[2],
-        1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
-        0.0, left, right, False, p,
-    )  # fmt: skip
-    args = (q, k, v, mask, relative)
-    if chosen != "torch":
-        out = _run(chosen, *args, settings)[0]
-    elif relative is None and p == 0:
-        seen = visible(q.shape[2], k.shape[2], left, right, False, q.device)
-        seen = seen if mask is None else seen & mask
-        out = F.scaled_dot_product_attention(q, k, v, seen, scale=settings.scale)
-    else:
-        out = definition(*args, *settings)[0]
-    return (out if steps is None else steps.together(out)).view(folded.shape)
-
-
-class _Steps:
-    """Positions `d` apart as sequences of their own, as many as there are remainders."""
-
-    def __init__(self, like: Tensor, d: int) -> None:
-        self._d, self._batch, self._length = d, like.shape[0], like.shape[2]
-        self._each = -(-self._length // d)
-        self._device = like.device
-
-    def apart(self, x: Tensor) -> Tensor:
-        b, h, n, e = x.shape
-        x = F.pad(x, (0, 0, 0, self._each * self._d - n))
-        return x.view(b, h, self._each, self._d, e).permute(0, 3, 1, 2, 4).flatten(0, 1)
-
-    def mask(self, mask: Tensor | None) -> Tensor:
-        """Of the keys, where the padding is hidden."""
-        here = torch.ones(1, 1, 1, self._length, dtype=torch.bool, device=self._device)
-        mask = (here if mask is None else mask).expand(self._batch, 1, 1, self._length)
-        return self.apart(mask.transpose(2, 3)).transpose(2, 3)
-
-    def together(self, x: Tensor) -> Tensor:
-        x = x.unflatten(0, (self._batch, self._d)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        return x[:, :, : self._length].contiguous()
-
-
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    causal_alignment: str = "top_left",
-    window: Window = None,
-    softcap: float | None = None,
-    return_lse: bool = False,
-    seed: Tensor | None = None,
-    backend: str | None = None,
-) -> Any:
-    """Attention of packed sequences, each to itself: what padding would take is not spent.
-
-    Args:
-        query: (T, H, E): the sequences one after the other.
-        key: (Tk, H, E).
-        value: (Tk, H, Ev).
-        cu_seq_q: Where each sequence of queries begins, and where the last ends: integers, one more
-            than there are sequences, as `torch.nn.attention.varlen.varlen_attn` takes them.
-        cu_seq_k: Likewise of keys.
-        max_q: At least the longest sequence of queries.
-        max_k: At least the longest of keys.
-        dropout_p: As in `scaled_dot_product_attention`, like all that follow.
-        is_causal: See `scaled_dot_product_attention`.
-        scale: See `scaled_dot_product_attention`.
-        enable_gqa: See `scaled_dot_product_attention`; heads are in dimension 1.
-        causal_alignment: See `scaled_dot_product_attention`.
-        window: See `scaled_dot_product_attention`.
-        softcap: See `scaled_dot_product_attention`.
-        return_lse: See `scaled_dot_product_attention`.
-        seed: See `scaled_dot_product_attention`.
-        backend: Who computes; see `pydl.backends`.
-
-    Returns:
-        (T, H, Ev); with `return_lse` a pair of it and (H, T).
-
-    Raises:
-        ValueError: `dropout_p`, `causal_alignment` or `window` is none of the above.
-        RuntimeError: shapes, dtypes or devices do not fit.
-    """
-    op = "varlen_attention"
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(
-            f"pydl: {op}: causal_alignment is {causal_alignment!r}, wants 'top_left' or "
-            "'bottom_right'"
-        )
-    left, right = window_of(op, window, is_causal)
-    query, key, value = lowered(query, key, value)
-    chosen = choose(op, backend, query, key, value)
-    if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
-        raise _error(op, "wants query, key and value of three dimensions, (T, heads, width)")
-    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    _check(op, q, k, v, None, True)
-    if not enable_gqa and k.shape[1] != q.shape[1]:
-        raise _error(op, f"{q.shape[1]} heads of queries and {k.shape[1]} of keys want enable_gqa")
-    for name, given, total in (("cu_seq_q", cu_seq_q, q), ("cu_seq_k", cu_seq_k, k)):
-        if given.dim() != 1 or given.numel() != cu_seq_q.numel() or given.numel() < 1:
-            raise _error(
-                op, f"{name} has shape {tuple(given.shape)}, wants one more than the sequences, "
-                "alike for queries and keys"
-            )  # fmt: skip
-        if given.dtype not in (torch.int32, torch.int64) or given.device != total.device:
-            raise _error(
-                op, f"{name} is {given.dtype} on {given.device}, wants int32 or int64 on "
-                f"{total.device}"
-            )  # fmt: skip
-    _check_offsets(op, cu_seq_q, q.shape[2], max_q)
-    _check_offsets(op, cu_seq_k, k.shape[2], max_k)
-    p = float(dropout_p)
-    settings = Settings(
-        _dropout(op, p, seed, query.device), cu_seq_q.long(), cu_seq_k.long(), int(max_q),
-        int(max_k), 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
-        float(softcap or 0.0), left, right, causal_alignment == "bottom_right", p,
-    )  # fmt: skip
-    args = (q, k, v, None, None)
-    out, lse = definition(*args, *settings) if chosen == "torch" else _run(chosen, *args, settings)
-    out = out[0].transpose(0, 1)
-    return (out, lse[0, :, :, 0]) if return_lse else out
-
-
-def _check_offsets(op: str, offsets: Tensor, total: int, longest: int) -> None:
-    """Where reading them costs nothing: a kernel would read past the ends."""
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    starts = offsets.tolist()
-    lengths = [b - a for a, b in itertools.pairwise(starts)]
-    if starts[0] < 0 or min(lengths, default=0) < 0 or starts[-1] > total:
-        raise _error(op, f"sequences begin at {starts}, wants ascending positions up to {total}")
-    if max(lengths, default=0) > longest:
-        raise _error(
-            op, f"the longest sequence has {max(lengths)} positions, but {longest} were told"
-        )
