@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The largest call, in elements of its tensors together, that an interpreted backend is given.
 _MOST = {"triton": 4500, "cuda": 1_000_000}
+# Families of many samples, each of several kernels: how much of it, and one sample in how many.
+_SHARE = {("triton", "batch_norm"): 0.2, ("cuda", "attention"): 0.05}
+_EVERY = {("triton", "batch_norm"): 3}
 
 
 def real_cuda() -> bool:
@@ -90,8 +93,9 @@ def cases(
     drawn = op.cases(dtype, device(backend))
     if kind(backend) == backend:
         return drawn, 0, 0
-    most = int(_MOST[backend] * share)
+    most = int(_MOST[backend] * share * _SHARE.get((backend, op.family), 1.0))
     kept = [case for case in drawn if elements(case) <= most]
+    kept = kept[:: _EVERY.get((backend, op.family), 1)]
     return kept, len(drawn) - len(kept), most
 
 
