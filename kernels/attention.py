@@ -11,17 +11,14 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 from pydl.kernels.attention_backward import bwd
+from pydl.kernels.attention_call import SIZES_AND_BLOCKS, call_of, dense, rows_of
 from pydl.kernels.attention_tile import (
     _LN2,
-    SIZES_AND_BLOCKS,
     block,
-    call_of,
-    dense,
     edge,
     factors,
     keys_seen,
     product,
-    rows_of,
     scaled,
     scores,
     sequence,
@@ -60,12 +57,8 @@ def fwd_tile(
         share = tl.exp2(most - top)
     total = total * share + tl.sum(p, 1)
     if FORM.DROPOUT > 0:
-        p *= factors(
-            first, i, j, b, h, inputs, numbers, heads, longest_q, longest_k, BLOCK_K, FORM
-        )
-    v = block(
-        v_start, inputs.v.row, first, keys, value_width, BLOCK_K, VALUES, not EDGE, FORM.EVEN
-    )
+        p *= factors(first, i, j, b, h, inputs, numbers, heads, longest_q, longest_k, BLOCK_K, FORM)
+    v = block(v_start, inputs.v.row, first, keys, value_width, BLOCK_K, VALUES, not EDGE, FORM.EVEN)
     sums = sums * share[:, None] + product(rounded(p, v.dtype), v)
     return sums, above, total
 
@@ -84,9 +77,7 @@ def fwd_kernel(
     b = program // blocks // heads
     longest_q = queries
     longest_k = keys
-    batch, first_q, first_k, queries, keys, shift = sequence(
-        inputs, b, queries, keys, bottom, FORM
-    )
+    batch, first_q, first_k, queries, keys, shift = sequence(inputs, b, queries, keys, bottom, FORM)
     if first_i >= queries:
         return
     q_start = start_of(inputs.q, batch, h, first_q)

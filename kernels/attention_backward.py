@@ -9,18 +9,15 @@ import torch
 import triton
 import triton.language as tl
 from pydl.kernels.attention_bias import write_dmask, write_drelative
+from pydl.kernels.attention_call import SIZES_AND_BLOCKS, call_of, dense, rows_of
 from pydl.kernels.attention_tile import (
-    SIZES_AND_BLOCKS,
     block,
-    call_of,
-    dense,
     edge,
     keys_seen,
     launch_rows,
     product,
     queries_seeing,
     row_numbers_of,
-    rows_of,
     scaled,
     score_gradient,
     sequence,
@@ -74,9 +71,7 @@ def dkv_kernel(
     b = program // blocks // (heads // group)
     longest_q = queries
     longest_k = keys
-    batch, first_q, first_k, queries, keys, shift = sequence(
-        inputs, b, queries, keys, bottom, FORM
-    )
+    batch, first_q, first_k, queries, keys, shift = sequence(inputs, b, queries, keys, bottom, FORM)
     if first_j >= keys:
         return
     k_start = start_of(inputs.k, batch, g, first_k)
@@ -129,9 +124,7 @@ def dq_tile(
     """Adds the keys from `first` on."""
     j = first + tl.arange(0, BLOCK_K)[None, :]
     y = block(k_start, inputs.k.row, first, keys, width, BLOCK_K, WIDTH, not EDGE, FORM.EVEN)
-    v = block(
-        v_start, inputs.v.row, first, keys, value_width, BLOCK_K, VALUES, not EDGE, FORM.EVEN
-    )
+    v = block(v_start, inputs.v.row, first, keys, value_width, BLOCK_K, VALUES, not EDGE, FORM.EVEN)
     p, slope, factor = weights(
         product(x, tl.trans(y)), i, j, first, b, h, top[:, None], left_over[:, None], inputs,
         numbers, heads, longest_q, longest_k, queries, keys, shift, left, right, EDGE, FORM,
@@ -157,9 +150,7 @@ def dq_kernel(
     b = program // blocks // heads
     longest_q = queries
     longest_k = keys
-    batch, first_q, first_k, queries, keys, shift = sequence(
-        inputs, b, queries, keys, bottom, FORM
-    )
+    batch, first_q, first_k, queries, keys, shift = sequence(inputs, b, queries, keys, bottom, FORM)
     if first_i >= queries:
         return
     q_start = start_of(inputs.q, batch, h, first_q)
@@ -200,7 +191,8 @@ def dkv_shape(width: int, size: int, major: int) -> dict[str, int]:
     """The tile for a padded width, bytes an element and compute capability: what the registers
     hold without spilling."""
     if size == 4:
-        q, k, stages = (32, 32, 1) if width <= 64 else (16, 64 if width <= 128 else 16, 1)
+        q, k = (32, 32) if width <= 64 else (16, 16) if width > 128 else (16, 64)
+        k, stages = k if major < 10 else min(k, 32), 1
     elif width <= 64:
         q, k, stages = 32, 128, 2
     elif width <= 128:
