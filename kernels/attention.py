@@ -11,17 +11,14 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 from pydl.kernels.attention_backward import bwd
+from pydl.kernels.attention_call import SIZES_AND_BLOCKS, call_of, dense, rows_of
 from pydl.kernels.attention_tile import (
     _LN2,
-    SIZES_AND_BLOCKS,
     block,
-    call_of,
-    dense,
     edge,
     factors,
     keys_seen,
     product,
-    rows_of,
     scaled,
     scores,
     sequence,

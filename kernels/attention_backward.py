@@ -9,18 +9,15 @@ import torch
 import triton
 import triton.language as tl
 from pydl.kernels.attention_bias import write_dmask, write_drelative
+from pydl.kernels.attention_call import SIZES_AND_BLOCKS, call_of, dense, rows_of
 from pydl.kernels.attention_tile import (
-    SIZES_AND_BLOCKS,
     block,
-    call_of,
-    dense,
     edge,
     keys_seen,
     launch_rows,
     product,
     queries_seeing,
     row_numbers_of,
-    rows_of,
     scaled,
     score_gradient,
     sequence,
@@ -194,7 +191,8 @@ def dkv_shape(width: int, size: int, major: int) -> dict[str, int]:
     """The tile for a padded width, bytes an element and compute capability: what the registers
     hold without spilling."""
     if size == 4:
-        q, k, stages = (32, 32, 1) if width <= 64 else (16, 64 if width <= 128 else 16, 1)
+        q, k = (32, 32) if width <= 64 else (16, 16) if width > 128 else (16, 64)
+        k, stages = k if major < 10 else min(k, 32), 1
     elif width <= 64:
         q, k, stages = 32, 128, 2
     elif width <= 128:

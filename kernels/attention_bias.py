@@ -1,7 +1,6 @@
-"""Triton: the gradients of what is added to attention's scores, the mask and the relative bias.
-
-Each is the scores' gradient summed over what it was repeated over. A program adds in a fixed order
-what falls on its tile; where tiles are few, pieces of the sum are added at the end.
+"""Triton: the gradients of what is added to attention's scores, the mask and the relative bias,
+each the scores' summed over what it was repeated over. A program adds in a fixed order what falls
+on its tile; where tiles are few, pieces of the sum are added at the end.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from pydl.kernels.attention_call import SIZES, Call
 from pydl.kernels.attention_tile import (
-    SIZES,
-    Call,
     block,
     keys_seen,
     product,
@@ -191,8 +189,8 @@ def drelative_kernel(
 
 def shape(width: int, size: int) -> tuple[int, dict[str, int]]:
     """(a square tile's side, options) for a padded width and bytes an element."""
-    small = size == 4 or width > 128
-    return 32 if small else 64, {"num_warps": 8, "num_stages": 1}
+    side = 32 if size == 2 or width <= 64 else 16
+    return side, {"num_warps": 4 if width <= 64 else 8, "num_stages": 1}
 
 
 def write_dmask(dmask: Tensor, call: Call, given: tuple[Any, ...]) -> None:

@@ -161,7 +161,7 @@ ATTENTION = {
     "fwd everything": ("attention", "fwd", 64, _EVERYTHING),
     "dkv everything": ("attention_backward", "dkv", 32, _EVERYTHING),
     "dq everything": ("attention_backward", "dq", 32, _EVERYTHING),
-    "dmask": ("attention_bias", "dmask", 64, {"MASK": 2, "DROPOUT": 4}),
+    "dmask": ("attention_bias", "dmask", 64, {"MASK": 2}),
     "diagonal": ("attention_bias", "diagonal", 64, {"WINDOW": True, "RELATIVE": True}),
     "drelative": ("attention_bias", "drelative", 64, {}),
     "rows": ("attention_tile", "rows", 64, {}),
@@ -213,17 +213,17 @@ import importlib, json, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 jobs = json.load(sys.stdin)
-tile = importlib.import_module("pydl.kernels.attention_tile")
+call = importlib.import_module("pydl.kernels.attention_call")
 
 
 def made_of(x):
-    return getattr(tile, x[0])(*map(made_of, x[1:])) if isinstance(x, list) else x
+    return getattr(call, x[0])(*map(made_of, x[1:])) if isinstance(x, list) else x
 
 
 def pointers(kind, path):
     # And the strides beside them.
     if isinstance(kind, tuple):
-        aligned = type(kind) is not tile.Numbers
+        aligned = type(kind) is not call.Numbers
         return [p for n, k in enumerate(kind) if aligned for p in pointers(k, (*path, n))]
     return [path] if kind.startswith("*") or len(path) > 1 else []
 

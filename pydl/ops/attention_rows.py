@@ -100,6 +100,7 @@ def _local_samples(make: Make) -> Iterator[Case]:
     yield Case("window 7", (*_qkv(make, 1, 2, 20, 8), 7))
     yield Case("3 dimensions", (*_qkv(make, 3, 21, 8), (4, 1)))
     yield Case("tiles", (*_qkv(make, 1, 2, 300, 16), 61))
+    yield Case("a tile's first key", (*_qkv(make, 1, 1, 70, 4), 3))
     yield Case("causal", (*_qkv(make, 2, 2, 140, 16), (33, 0)), {"causal": True})
     yield Case("itself", (*_qkv(make, 2, 2, 9, 8), 1))
     yield Case("wider than the sequence", (*_qkv(make, 1, 2, 9, 8), 101))
