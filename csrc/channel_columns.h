@@ -103,7 +103,7 @@ void Engine<T>::join_moments(int64_t sample, int64_t g) {
 
 template <class T>
 void Engine<T>::column_apply(int64_t sample) const {
-  const Columns columns(*this, sample, nullptr, 1);
+  const Columns columns(*this, sample, nullptr, 1, true);
   over_columns(sample, [&](int64_t at, int64_t n) {
     forward_run<T, kColumn>(y + at, x + at, residual_at(at), columns.coefs(), act, n, past_cache);
   });

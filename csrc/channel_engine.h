@@ -39,8 +39,14 @@ struct Engine {
 
   // The coefficients of one channel.
   struct Numbers {
-    A mean, rest, rstd, weight, bias, k1, k2;
-    Coefs<A> coefs() const { return {&mean, &rest, &rstd, &weight, &bias, &k1, &k2}; }
+    A mean, rest, rstd, weight, bias, k1, left, k2;
+    double inverse;
+    Coefs<A> coefs() const { return {&mean, &rest, &rstd, &weight, &bias, &k1, &left, &k2}; }
+    // For the output alone: one rounding less.
+    void fold() {
+      rstd = static_cast<A>(inverse * double{weight});
+      weight = 1;
+    }
     void set_channel(const Engine& e, int64_t c) {
       weight = e.weight ? e.weight[c] : A(1);
       bias = e.bias ? e.bias[c] : A(0);
@@ -50,10 +56,12 @@ struct Engine {
   Numbers numbers(int64_t sample, int64_t g, const double* of_group, double count) const {
     const int64_t of = sample * s.groups + g;
     const double inverse = 1 / std::sqrt(double{var[of]} + eps);
-    Numbers n{mean[of], rest[of], static_cast<A>(inverse), 1, 0, 0, 0};
+    Numbers n{mean[of], rest[of], static_cast<A>(inverse), 1, 0, 0, 0, 0, inverse};
     if (of_group) {
-      n.k1 = static_cast<A>(inverse * (of_group[0] / count));
-      n.k2 = static_cast<A>(inverse * (of_group[1] / count));
+      const double k1 = of_group[0] / count;
+      n.k1 = static_cast<A>(k1);
+      n.left = static_cast<A>(k1 - double{n.k1});
+      n.k2 = static_cast<A>(of_group[1] / count);
     }
     return n;
   }
@@ -218,15 +226,18 @@ struct Engine {
 
   struct Columns : Scratch<A> {
     int64_t width;
-    Columns(const Engine& e, int64_t sample, const double* of_groups, double count)
-        : Scratch<A>(7 * (e.width() + kPad)), width(e.width() + kPad) {
+    Columns(const Engine& e, int64_t sample, const double* of_groups, double count,
+            bool folded = false)
+        : Scratch<A>(8 * (e.width() + kPad)), width(e.width() + kPad) {
       for (int64_t g = 0; g < e.s.groups; ++g) {
         Numbers one = e.numbers(sample, g, of_groups ? of_groups + 2 * g : nullptr, count);
         for (int64_t c = g * e.s.per_group(); c < (g + 1) * e.s.per_group(); ++c) {
           one.set_channel(e, c);
-          const A values[7] = {one.mean, one.rest, one.rstd, one.weight, one.bias, one.k1, one.k2};
+          if (folded) one.fold();
+          const A values[8] = {one.mean, one.rest, one.rstd, one.weight,
+                               one.bias, one.k1,   one.left, one.k2};
           for (int64_t start = c * e.s.inner; start < e.width(); start += e.period()) {
-            for (int k = 0; k < 7; ++k) {
+            for (int k = 0; k < 8; ++k) {
               for (int64_t i = start; i < start + e.s.inner; ++i) row(k)[i] = values[k];
             }
           }
@@ -234,7 +245,9 @@ struct Engine {
       }
     }
     A* row(int k) const { return this->data() + k * width; }
-    Coefs<A> coefs() const { return {row(0), row(1), row(2), row(3), row(4), row(5), row(6)}; }
+    Coefs<A> coefs() const {
+      return {row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
+    }
   };
 
   void column_moments(int64_t sample, int64_t k) const;

@@ -288,12 +288,15 @@ __global__ void __launch_bounds__(kThreads)
   const Span<kPack, kColumns> span(s, pieces);
   const C c(t, span);
   const double part = 1 / count;
-  A k1[C::kCount], k2[C::kCount];
+  A k1[C::kCount], left[C::kCount], k2[C::kCount];
 #pragma unroll
   for (int j = 0; j < C::kCount; ++j) {
     const double* of = sums.of_groups + 2 * (span.inside ? span.group(j) : 0);
-    k1[j] = count > 0 ? static_cast<A>(c.rstd[j] * (of[0] * part)) : A(0);
-    k2[j] = count > 0 ? static_cast<A>(c.rstd[j] * (of[1] * part)) : A(0);
+    // In two numbers: where all dz are alike nothing must be left of them.
+    const double first = count > 0 ? of[0] * part : 0;
+    k1[j] = static_cast<A>(first);
+    left[j] = static_cast<A>(first - static_cast<double>(k1[j]));
+    k2[j] = count > 0 ? static_cast<A>(of[1] * part) : A(0);
   }
   span.each([&](int64_t at) {
     A dz[kPack], xhat[kPack];
@@ -302,7 +305,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
       const int k = kColumns ? j : 0;
-      dx.values[j] = from_float<T>(c.rstd[k] * c.weight[k] * dz[j] - (k1[k] + xhat[j] * k2[k]));
+      const A centred = (c.weight[k] * dz[j] - k1[k]) - left[k];
+      dx.values[j] = from_float<T>(c.rstd[k] * (centred - xhat[j] * k2[k]));
     }
     store(t.out + at, dx);
   });

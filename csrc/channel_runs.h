@@ -19,12 +19,12 @@ enum Mode { kOne, kRow, kColumn };
 // A number each, or one for each position.
 template <class A>
 struct Coefs {
-  const A *mean, *rest, *rstd, *weight, *bias, *k1, *k2;
+  const A *mean, *rest, *rstd, *weight, *bias, *k1, *left, *k2;
   template <Mode kMode>
   PYDL_HD Coefs from(int64_t i) const {
     const int64_t stats = kMode == kColumn ? i : 0, weights = kMode == kOne ? 0 : i;
     return {mean + stats,   rest + stats, rstd + stats, weight + weights,
-            bias + weights, k1 + stats,   k2 + stats};
+            bias + weights, k1 + stats,   left + stats, k2 + stats};
   }
 };
 
@@ -43,7 +43,11 @@ struct At {
   PYDL_HD V rstd() const { return stat(c.rstd); }
   PYDL_HD V scale() const { return rstd() * of_channel(c.weight); }
   PYDL_HD V out(V x) const { return centred(x) * scale() + of_channel(c.bias); }
-  PYDL_HD V dx(V dz, V xhat) const { return scale() * dz - (stat(c.k1) + xhat * stat(c.k2)); }
+  // k1 in two numbers: where all dz are alike nothing must be left of them.
+  PYDL_HD V dx(V dz, V xhat) const {
+    const V centred = (of_channel(c.weight) * dz - stat(c.k1)) - stat(c.left);
+    return rstd() * (centred - xhat * stat(c.k2));
+  }
 };
 
 // in: x, and the residual.
@@ -325,7 +329,7 @@ __attribute__((noinline)) void finish_dx(acc_t<T>* dz, const acc_t<T>* xhat,
   }
 }
 
-// dx = rstd weight dz - (k1 + xhat k2)
+// dx = rstd (weight dz - k1 - xhat k2)
 template <class T, Mode kMode>
 void dx_run(T* dx, const T* dy, const T* x, const T* residual, const Coefs<acc_t<T>>& c,
             const ActRuns<acc_t<T>>& act, int64_t n, bool past_cache) {

@@ -31,6 +31,11 @@ class Settings(NamedTuple):
     dense: bool = False
 
 
+def _centred(x: Tensor, over: list[int]) -> Tensor:
+    """Less the mean; a second time takes away what rounding the first has left."""
+    return x - x.mean(over, keepdim=True)
+
+
 def definition(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     mean: Tensor | None, var: Tensor | None, groups: int, eps: float, act: int, parameter: float,
@@ -41,15 +46,18 @@ def definition(
     scale = None if weight is None else weight.view(shape)
     if groups and mean is None:
         d = x.reshape(x.shape[0], groups, -1)
-        d = d - d.mean(2, keepdim=True)
+        d = _centred(d, [2])
         y = (d * torch.rsqrt((d * d).mean(2, keepdim=True) + eps)).view_as(x)
         y = y if scale is None else y * scale
     else:
         over = [d for d in range(x.dim()) if d != 1]
-        d = x - (x.mean(over, keepdim=True) if mean is None else mean.view(shape))
+        d = _centred(_centred(x, over), over) if mean is None else x - mean.view(shape)
         spread = (d * d).mean(over, keepdim=True) if var is None else var.view(shape)
         rstd = torch.rsqrt(spread + eps)
-        y = d * (rstd if scale is None else rstd * scale)
+        # Of no elements rstd is NaN, which must not meet the weight.
+        if scale is not None and x.numel():
+            rstd, scale = rstd * scale, None
+        y = d * rstd if scale is None else d * rstd * scale
     y = y if bias is None else y + bias.view(shape)
     return act_definition(act, parameter)(y if residual is None else y + residual)
 
