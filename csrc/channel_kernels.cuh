@@ -25,6 +25,12 @@ PYDL_NOINLINE A rstd_of(A var, double eps) {
   return static_cast<A>(1 / sqrt(static_cast<double>(var) + eps));
 }
 
+// The two for the output alone, rounded once.
+template <class A>
+PYDL_NOINLINE A scale_of(A var, double eps, A weight) {
+  return static_cast<A>(static_cast<double>(weight) / sqrt(static_cast<double>(var) + eps));
+}
+
 // What a thread normalises its channels with; one of them where the pack is of one channel.
 template <class T, int kPack, bool kColumns>
 struct Coefs {
@@ -32,7 +38,8 @@ struct Coefs {
   static constexpr int kCount = kColumns ? kPack : 1;
   A mean[kCount], rest[kCount], rstd[kCount], weight[kCount], bias[kCount];
 
-  PYDL_DEVICE Coefs(const Tensors<T>& t, const Span<kPack, kColumns>& span) {
+  // Folded, the weight is in rstd.
+  PYDL_DEVICE Coefs(const Tensors<T>& t, const Span<kPack, kColumns>& span, bool folded = false) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       // Threads past the last channel take the first one's, and use them for nothing.
@@ -42,6 +49,10 @@ struct Coefs {
       rstd[j] = rstd_of<A>(t.var[g], t.eps);
       weight[j] = weight_of<A>(t.weight.data, t.weight.dtype, 1, c);
       bias[j] = weight_of<A>(t.bias.data, t.bias.dtype, 0, c);
+      if (folded) {
+        rstd[j] = scale_of<A>(t.var[g], t.eps, weight[j]);
+        weight[j] = 1;
+      }
     }
   }
   PYDL_DEVICE A centred(A x, int j) const {
@@ -157,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
     apply_kernel(Tensors<T> t, F given, Normed s, Pieces pieces) {
   const F f = given;
   const Span<kPack, kColumns> span(s, pieces);
-  const Coefs<T, kPack, kColumns> c(t, span);
+  const Coefs<T, kPack, kColumns> c(t, span, true);
   span.each([&](int64_t at) {
     const Pack<T, kPack> x = load_pack<T, kPack>(t.x + at);
     Pack<T, kPack> residual{}, y;
