@@ -83,6 +83,10 @@ class Cost:
     backward_flops: int = 0
 
 
+def _rows_of_1024(elements: int) -> list[tuple[int, ...]]:
+    return [(max(1, elements // 1024), min(elements, 1024))]
+
+
 @dataclass(frozen=True)
 class Op:
     """A row.
@@ -99,6 +103,8 @@ class Op:
         cost: The floor of such a call.
         autocast: "keep" computes in the input's dtype under autocast, "lower" in autocast's.
         dtypes: What the kernels take.
+        sized: Shapes for `bench` of about so many elements, unlike each other: a kernel is chosen
+            from a size on where it wins on all of them.
     """
 
     name: str
@@ -117,6 +123,7 @@ class Op:
         torch.bfloat16,
         torch.float64,
     )
+    sized: Callable[[int], Iterable[tuple[int, ...]]] = _rows_of_1024
 
     @property
     def schema(self) -> str:

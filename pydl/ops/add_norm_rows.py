@@ -14,7 +14,7 @@ from pydl.ops import layer_norm_rows
 from pydl.ops.add_norm import add_layer_norm, add_rms_norm, native
 from pydl.ops.layer_norm import layer_norm_definition, rms_norm_definition
 from pydl.ops.philox import dropout_factors
-from pydl.ops.samples import bytes_of
+from pydl.ops.samples import bytes_of, row_shapes
 from pydl.table import Case, Cost, Make, Op, register
 
 
@@ -140,6 +140,7 @@ def _register(function: Callable, reference: Callable, by_torch: Callable, biase
             bench=_bench(biased),
             bench_shapes=((4096, 4096), (4096, 1024), (512, 16384), (64, 1024)),
             cost=_cost,
+            sized=row_shapes,
         )
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pydl.ops.dot_product import scaled_dot_product_attention
 from pydl.ops.local_attention import local_attention
-from pydl.ops.samples import bytes_of
+from pydl.ops.samples import bytes_of, head_shapes
 from pydl.table import LAYOUTS, Case, Cost, Make, Op, register
 
 
@@ -161,6 +161,7 @@ register(
         bench_shapes=((2, 8, 2048, 64), (1, 8, 1024, 128), (4, 8, 128, 64)),
         cost=_cost,
         autocast="lower",
+        sized=head_shapes,
     )
 )
 register(
@@ -175,5 +176,6 @@ register(
         bench_shapes=((1, 8, 4096, 64), (2, 8, 1024, 64)),
         cost=_local_cost,
         autocast="lower",
+        sized=head_shapes,
     )
 )

@@ -13,7 +13,7 @@ from pydl.backends import FLOATS
 from pydl.ops import bias_act
 from pydl.ops.batch_norm import batch_norm, batch_norm_act, group_norm, instance_norm
 from pydl.ops.channel_norm import definition
-from pydl.ops.samples import bytes_of
+from pydl.ops.samples import bytes_of, channel_shapes
 from pydl.table import LAYOUTS, Case, Cost, Make, Op, register
 
 
@@ -222,6 +222,7 @@ def _register(name: str, function: Any, samples: Any, reference: Any, native: An
             bench=bench,
             bench_shapes=shapes,
             cost=_cost,
+            sized=channel_shapes,
         )
     )
 

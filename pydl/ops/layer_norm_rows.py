@@ -16,7 +16,7 @@ from pydl.ops.layer_norm import (
     rms_norm,
     rms_norm_definition,
 )
-from pydl.ops.samples import one_pass
+from pydl.ops.samples import one_pass, row_shapes
 from pydl.table import LAYOUTS, Case, Make, Op, register
 
 
@@ -96,6 +96,7 @@ register(
         bench=_bench(True),
         bench_shapes=_SHAPES,
         cost=one_pass,
+        sized=row_shapes,
     )
 )
 register(
@@ -109,5 +110,6 @@ register(
         bench=_bench(False),
         bench_shapes=_SHAPES,
         cost=one_pass,
+        sized=row_shapes,
     )
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pydl.ops.attention_rows import _four, _qkv
 from pydl.ops.linear import linear_attention
-from pydl.ops.samples import bytes_of
+from pydl.ops.samples import bytes_of, head_shapes
 from pydl.table import LAYOUTS, Case, Cost, Make, Op, register
 
 # The kernels' chunk of the sequence, which the floor counts scores of.
@@ -99,5 +99,6 @@ register(
         bench_shapes=((1, 8, 4096, 64), (2, 8, 1024, 64), (4, 8, 128, 64)),
         cost=_cost,
         autocast="lower",
+        sized=head_shapes,
     )
 )

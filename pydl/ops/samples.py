@@ -27,6 +27,29 @@ def inputs(make: Make) -> Iterator[tuple[str, Tensor]]:
     yield "many", make(3, 20011)
 
 
+def row_shapes(elements: int) -> list[tuple[int, ...]]:
+    """Rows of three widths, of about so many elements together."""
+    return [(max(1, elements // n), min(elements, n)) for n in (256, 1024, 4096)]
+
+
+def channel_shapes(elements: int) -> list[tuple[int, ...]]:
+    """Images of few and of many channels, and features without positions."""
+    images = [(64, 28), (256, 7)]
+    return [
+        *((max(2, elements // (c * side * side)), c, side, side) for c, side in images),
+        (max(2, elements // 256), 256),
+    ]
+
+
+def head_shapes(elements: int) -> list[tuple[int, ...]]:
+    """(batch, heads, length, head size): sequences up to 1024, then more of them."""
+    found: list[tuple[int, ...]] = []
+    for heads, width in ((8, 64), (4, 128)):
+        length = max(1, min(1024, elements // (heads * width)))
+        found.append((max(1, elements // (heads * width * length)), heads, length, width))
+    return found
+
+
 def bytes_of(*tensors: Tensor) -> int:
     """Bytes that reading or writing these once moves."""
     return sum(t.numel() * t.element_size() for t in tensors)
