@@ -1,4 +1,4 @@
-"""The command line: `python -m pydl info | check | table`."""
+"""The command line: `python -m pydl info | check | replace | table`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pydl import check, info
+from pydl import check, info, load
+from pydl.backends import NAMES
 from pydl.table import TABLE, Op
 
 DTYPES = {
@@ -100,6 +101,36 @@ def _parser() -> argparse.ArgumentParser:
         "that an op has",
     )
     run.add_argument("--device", help="such as cpu or cuda:1; default: where each backend computes")
+    about = "shows what pydl.replace does to a model, and measures it"
+    swap = commands.add_parser(
+        "replace",
+        help=about,
+        description=f"replace {about}.",
+        epilog="The exit status is 0, or 2 if there is no such model or an option cannot be met.",
+    )
+    swap.add_argument(
+        "path", metavar="module:factory", help="a function without arguments that returns a model"
+    )
+    swap.add_argument(
+        "--example",
+        action="append",
+        default=[],
+        metavar="SHAPE[:DTYPE[:BELOW]]",
+        help="an input to measure the model with, such as 1,3,224,224 or 2,16:int64:1000; once for "
+        "each argument",
+    )
+    for name, doc in (("include", "swap only"), ("exclude", "leave alone")):
+        swap.add_argument(
+            f"--{name}",
+            type=_names,
+            default=[],
+            metavar="A,B",
+            help=f"{doc} modules of these names, with * and ?",
+        )
+    swap.add_argument(
+        "--fuse", action="store_true", help="batch normalisations with what follows them"
+    )
+    swap.add_argument("--backend", choices=NAMES, help="who computes; default: automatic")
     about = "prints the op table in Markdown, as the README has it"
     commands.add_parser("table", help=about, description=f"table {about}.")
     return parser
@@ -115,6 +146,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(markdown())
         return 0
     try:
+        if args.command == "replace":
+            options = (args.include, args.exclude, args.fuse, args.backend)
+            print(load.report(args.path, args.example, *options))
+            return 0
         return check.main(args.ops, args.backends, args.dtype, args.device)
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)

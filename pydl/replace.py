@@ -7,23 +7,23 @@ either is done to both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pydl import nn as pydl_nn
 from pydl.backends import NAMES, unavailable
+from pydl.example import arguments, copied
 from pydl.fuse import Plan, plan
+from pydl.measured import measure
+from pydl.nn.derived import Form, derive
+from pydl.recognise import Recogniser, candidate, is_derived, named, origin
 from pydl.report import Fusion, Replaced, Report, Skipped, Swap, class_name
+from pydl.walk import Filter, Found, Patterns, walk
 
 __all__ = ["TWINS", "Fusion", "Replaced", "Report", "Skipped", "register_twin", "replace"]
-
-Pattern = type | str | Callable[[str, nn.Module], bool]
-Patterns = Pattern | Iterable[Pattern] | None
 
 # Exact type -> its twin. Families add to it with `register_twin`.
 TWINS: dict[type, type] = {}
@@ -79,85 +79,10 @@ for _name in (
     register_twin(getattr(nn, _name), getattr(pydl_nn, _name))
 
 
-class Place(NamedTuple):
-    """Where a module stands: in `parent` under `name`; the model itself has no parent."""
-
-    path: str
-    parent: nn.Module | None
-    name: str
-    above: tuple[tuple[str, nn.Module], ...]
-    """The containers that it is in, with their paths, outermost first."""
-
-
-@dataclass
-class Found:
-    """A module of the model, and every place that it stands in."""
-
-    module: nn.Module
-    places: list[Place]
-
-
-def _walk(model: nn.Module) -> list[Found]:
-    """Every module once, with all its places, in the order of `named_modules`."""
-    found: dict[int, Found] = {}
-
-    def visit(module: nn.Module, place: Place) -> None:
-        found.setdefault(id(module), Found(module, [])).places.append(place)
-        if any(module is one for _, one in place.above):
-            return
-        above = (*place.above, (place.path, module))
-        for name, child in module._modules.items():
-            if child is not None:
-                path = f"{place.path}.{name}" if place.path else name
-                visit(child, Place(path, module, name, above))
-
-    visit(model, Place("", None, "", ()))
-    return list(found.values())
-
-
-class _Filter:
-    """`include` or `exclude`: which modules it speaks of, and which of its patterns were of use."""
-
-    def __init__(self, name: str, patterns: Patterns) -> None:
-        one = isinstance(patterns, str) or callable(patterns)
-        many: Any = (patterns,) if one else () if patterns is None else patterns
-        self.name, self.patterns = name, tuple[Pattern, ...](many)
-        self.unused = list(self.patterns)
-        for pattern in self.patterns:
-            if isinstance(pattern, nn.Module) or not (
-                isinstance(pattern, str) or callable(pattern)
-            ):
-                raise TypeError(
-                    f"pydl: replace: {name} has {pattern!r}, wants module types, names (with * "
-                    "and ?) or "
-                    "functions of (path, module)"
-                )
-
-    def matches(self, found: Found) -> bool:
-        """Whether a pattern fits the module; types and names also where they fit a container of
-        it."""
-        fits = [
-            p for p in self.patterns if any(self._fits(p, found.module, q) for q in found.places)
-        ]
-        self.unused = [p for p in self.unused if p not in fits]
-        return bool(fits)
-
-    @staticmethod
-    def _fits(pattern: Pattern, module: nn.Module, place: Place) -> bool:
-        candidates = [*place.above, (place.path, module)]
-        if isinstance(pattern, str):
-            return any(path and fnmatchcase(path, pattern) for path, _ in candidates)
-        if isinstance(pattern, type):
-            return any(isinstance(one, pattern) for _, one in candidates)
-        return bool(pattern(place.path, module))
-
-    def notes(self) -> list[str]:
-        shown = (p if isinstance(p, str) else getattr(p, "__name__", repr(p)) for p in self.unused)
-        return [f"{self.name} {one!r} fits no module that has a twin" for one in shown]
-
-
 def _base(module: nn.Module) -> type | None:
     """The type with a twin that a module is, derives from, or was scripted from."""
+    if is_derived(type(module)):
+        return type(module)
     cls: type | None = next((c for c in type(module).__mro__ if c in TWINS), None)
     if isinstance(module, torch.jit.ScriptModule):
         original = getattr(module, "original_name", None)
@@ -169,7 +94,7 @@ def _obstacle(found: Found, base: type, backend: str | None) -> str | None:
     """Why a module must stay as it is, or None."""
     module, cls = found.module, type(found.module)
     own = vars(module)
-    if cls in TWINS.values():
+    if cls in TWINS.values() or is_derived(cls):
         now = getattr(module, "backend", None)
         differs = f", with backend {now!r}: set its attribute `backend`, or undo first"
         return "is pydl's already" + (differs if backend is not None and backend != now else "")
@@ -197,6 +122,39 @@ def _obstacle(found: Found, base: type, backend: str | None) -> str | None:
     return None
 
 
+class _Match(NamedTuple):
+    """The type that a module is judged as, and its twin, or why there is none."""
+
+    base: type
+    twin: type | None
+    name: str = ""
+    reason: str = ""
+    why: str | None = None
+
+
+class _Matcher:
+    """Finds the twins of modules."""
+
+    def __init__(self) -> None:
+        self._recognise = Recogniser()
+
+    def __call__(self, module: nn.Module) -> _Match | None:
+        """None for a module that neither is nor derives from one with a twin."""
+        cls, base = type(module), _base(module)
+        if cls in TWINS:
+            return _Match(cls, TWINS[cls], class_name(TWINS[cls]), "same function, fused")
+        if base is not cls and candidate(module):
+            above = origin(cls)
+            own = above is cls
+            form = self._recognise(module) if own else ""
+            if isinstance(form, Form):
+                why = "same values and gradients on random inputs"
+                return _Match(cls, derive(cls, form), str(form), why)
+            if base is None and named(module):
+                return _Match(above or cls, None, why=form if own else None)
+        return None if base is None else _Match(base, None)
+
+
 def replace(
     model: nn.Module,
     *,
@@ -204,14 +162,16 @@ def replace(
     exclude: Patterns = None,
     fuse: bool = False,
     backend: str | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     dry_run: bool = False,
 ) -> Report:
     """Swaps a model's modules for their fused twins, in place, and says what it did.
 
-    Only a module whose type is exactly one of `TWINS` is swapped; what derives from one is left
-    alone and named in `report.skipped`. A module that stands in several places gets one twin. State
-    is shared, not copied: parameters, buffers, hooks, the training flag and `state_dict` keys stay
-    what they are. Nothing is changed if an error occurs.
+    Only a module whose type is exactly one of `TWINS`, or one of transformers' own whose values and
+    gradients on random inputs are those of a function of pydl (see `pydl.recognise`), is swapped;
+    what derives from one is left alone and named in `report.skipped`. A module that stands in
+    several places gets one twin. State is shared, not copied: parameters, buffers, hooks, the
+    training flag and `state_dict` keys stay what they are. Nothing is changed if an error occurs.
 
     Args:
         model: Any module. Where it is itself of such a type it has no place to be swapped in: use
@@ -227,6 +187,10 @@ def replace(
             the residual, so changing that in place after the activation makes torch raise an error.
         backend: Who computes in the twins; None for the automatic choice at each call (see
             `pydl.backends`).
+        example_inputs: What to call the model with, to measure it before and after: a tensor, a
+            tuple of positional arguments or a dictionary of named ones. `report.measured` has the
+            differences of both from a copy in fp64, times, and what is kept for backward. Copies of
+            the model run, in its mode: its state and the random generators stay as they are.
         dry_run: Change nothing, only report what would be done.
 
     Returns:
@@ -234,9 +198,10 @@ def replace(
         back, and `report.model` is the model to use from now on.
 
     Raises:
-        TypeError: `model` is no module, or a pattern is not as above.
+        TypeError: `model` is no module, or a pattern or `example_inputs` is not as above.
         ValueError: there is no such backend.
-        RuntimeError: the backend is not available here.
+        RuntimeError: the backend is not available here, or the model cannot be copied or run with
+            `example_inputs`.
 
     >>> report = pydl.replace(model, exclude=["head.*", torch.nn.Sigmoid])
     """
@@ -251,41 +216,47 @@ def replace(
             )
         if why := unavailable(backend):
             raise RuntimeError(f"pydl: replace: backend {backend!r} is not available: {why}")
-    included, excluded = _Filter("include", include), _Filter("exclude", exclude)
+    given = None if example_inputs is None else arguments(example_inputs)
+    included, excluded = Filter("include", include), Filter("exclude", exclude)
     report = Report(model, dry_run=dry_run)
     swaps: list[Swap] = []
     left: dict[int, str] = {}
-    everything = _walk(model)
+    everything, match = walk(model), _Matcher()
     for found in everything:
-        base = _base(found.module)
-        if base is None:
+        known = match(found.module)
+        if known is None:
             continue
         path, cls = found.places[0].path, type(found.module)
         wanted, unwanted = included.matches(found) or not included.patterns, excluded.matches(found)
-        why = _obstacle(found, base, backend) if wanted and not unwanted else None
-        if not wanted or unwanted:
-            why = "excluded" if unwanted else "not included"
-        if why is not None:
-            report.skipped.append(Skipped(path, class_name(cls), why))
-            if not why.startswith("is pydl's already"):
-                left[id(found.module)] = why
+        why = _obstacle(found, known.base, backend) or known.why if wanted else "not included"
+        why = "excluded" if unwanted else why
+        if why is not None or known.twin is None:
+            report.skipped.append(Skipped(path, class_name(cls), str(why)))
+            if not str(why).startswith("is pydl's already"):
+                left[id(found.module)] = str(why)
             continue
-        twin = TWINS[cls]
         others = ", ".join(place.path for place in found.places[1:])
-        reason = "same function, fused" + (f"; shared with {others}" if others else "")
-        report.replaced.append(Replaced(path, class_name(cls), class_name(twin), reason))
-        swaps.append(
-            Swap(
-                found.module, _twin(found.module, twin), [(q.parent, q.name) for q in found.places]
-            )
-        )
+        reason = known.reason + (f"; shared with {others}" if others else "")
+        report.replaced.append(Replaced(path, class_name(cls), known.name, reason))
+        twin, places = _twin(found.module, known.twin), [(q.parent, q.name) for q in found.places]
+        swaps.append(Swap(found.module, twin, places))
     report.notes += included.notes() + excluded.notes()
     fusions = plan(everything, left) if fuse and backend != "torch" else Plan()
     if fuse and backend == "torch":
         report.notes.append("nothing is fused: backend 'torch' takes one step at a time")
     report.fused, report.unfused = fusions.fused, fusions.unfused
-    if not dry_run:
+    before = None if given is None else copied(model)
+    if not dry_run or given is not None:
         report.apply(swaps, backend, fusions.classes)
+    if before is not None and given is not None:
+        try:
+            report.measured = measure(before, copied(report.model), given)
+            report.notes += report.measured.notes
+        except BaseException:
+            report.undo()
+            raise
+        if dry_run:
+            report.undo()
     return report
 
 

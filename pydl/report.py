@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from pydl.measured import Measured
+
 WIDTH = 80
 
 
@@ -74,6 +76,7 @@ class Report:
         fused: (path, what, new, reason) of each batch normalisation that runs in one pass with the
             activation that follows it; `new` is the method that does so.
         unfused: (path, type, why) of each that does not, but for those in `skipped`.
+        measured: What came of `example_inputs`, before and after; None without.
         notes: What else is to be known, such as a pattern that fits nothing.
         dry_run: Nothing was changed.
         undone: It was taken back.
@@ -84,6 +87,7 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
     fused: list[Fusion] = field(default_factory=list)
     unfused: list[Skipped] = field(default_factory=list)
+    measured: Measured | None = None
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
     undone: bool = False
@@ -185,6 +189,7 @@ class Report:
                 key = f"{left.type}{between}{left.why}"
                 reasons.setdefault(key, []).append(left.path or "(the model)")
             lines += [title, *_table(list(reasons.items()))] if reasons else []
+        lines += self.measured.lines() if self.measured is not None else []
         lines += [line for note in self.notes for line in textwrap.wrap(f"note: {note}", WIDTH)]
         return "\n".join(lines)
 

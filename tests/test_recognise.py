@@ -1,0 +1,291 @@
+"""Modules of transformers that pydl.replace knows by what they compute, not by their names."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pydl
+from pydl.recognise import Recogniser, candidate
+from tests import harness
+
+WIDTH = 12
+
+
+class Fake(nn.Module):
+    """Stands for a class of the package."""
+
+    __module__ = "transformers.activations"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Clipped(Fake):
+    __module__ = "transformers.activations"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(x).clamp(max=1e4)
+
+
+class OtherGradient(Fake):
+    __module__ = "transformers.activations"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x.detach())
+
+
+class Wide(Fake):
+    """Of another dtype than its input."""
+
+    __module__ = "transformers.activations"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(x.float())
+
+
+class Trains(Fake):
+    """Something else in training."""
+
+    __module__ = "transformers.activations"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(x + torch.rand_like(x) if self.training else x)
+
+
+class Norm(nn.Module):
+    """An RMS norm with a twist."""
+
+    __module__ = "transformers.fake"
+
+    def __init__(self, twist: str = "") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH))
+        self.small, self.twist = 1e-6, twist
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        eps = 2e-6 if self.twist == "eps" else self.small
+        y = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+        if self.twist == "coarse":
+            y = y.half().float() if x.dtype == torch.bfloat16 else y.bfloat16().float()
+        weight = self.weight.abs() if self.twist == "abs" else self.weight
+        return weight * y.to(x.dtype)
+
+
+@pytest.mark.parametrize("cls", [Clipped, OtherGradient, Wide, Trains])
+def test_other_activations_are_not_taken_for_one(cls: type[nn.Module]) -> None:
+    assert not isinstance(Recogniser()(Fake()), str)
+    report = pydl.replace(nn.Sequential(cls()))
+    assert not report.replaced and "computes" in report.skipped[0].why
+
+
+@pytest.mark.parametrize("twist", ["eps", "coarse", "abs"])
+def test_other_norms_are_not_taken_for_one(twist: str) -> None:
+    find = Recogniser()
+    assert not isinstance(find(Norm()), str)
+    assert "computes what no function" in str(find(Norm(twist)))
+
+
+def test_kernels_are_judged_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = pydl.functional.silu
+
+    def wrong(x: Tensor, *, backend: str | None = None) -> Tensor:
+        return right(x, backend=backend) * (1 + 1e-3 * (backend == "cpu"))
+
+    monkeypatch.setattr(pydl.functional, "silu", wrong)
+    assert "computes what no function" in str(Recogniser()(Fake()))
+
+
+def test_says_where_it_differs() -> None:
+    class Bf16(Fake):
+        __module__ = "transformers.activations"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.dtype == torch.bfloat16 else nn.functional.silu(x)
+
+    report = pydl.replace(nn.Sequential(Bf16()))
+    assert "computes pydl.functional.silu(input), but not in bfloat16" in str(report)
+
+
+def test_subclasses_are_left_alone_and_named() -> None:
+    class Mine(Norm):
+        __module__ = "mine"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    class Same(Norm):
+        __module__ = "mine"
+
+    report = pydl.replace(nn.Sequential(Mine(), Same(), Norm()))
+    assert [one.path for one in report.replaced] == ["2"]
+    own, same = (one.why for one in report.skipped)
+    assert own == "is a subclass of transformers.fake.Norm with a forward of its own"
+    assert same == "is a subclass of transformers.fake.Norm"
+
+
+def test_others_are_not_even_run() -> None:
+    class Outside(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("ran")
+
+    class Parent(Fake):
+        __module__ = "transformers.fake"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = nn.Linear(2, 2)
+
+    assert not candidate(Outside()) and not candidate(Parent())
+    assert not pydl.replace(nn.Sequential(Outside(), Parent())).skipped
+    done = harness.python(
+        "import sys, torch, pydl; pydl.replace(torch.nn.Sequential(torch.nn.ReLU()));"
+        "print('transformers' in sys.modules)"
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_leaves_no_trace() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(Norm(), Fake(), Trains())
+    before, weight = torch.get_rng_state(), model[0].weight.detach().clone()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert len(pydl.replace(model)) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(model[0].weight, weight) and model[0].weight.grad is None
+    meta = nn.Sequential(Norm().to("meta"))
+    pydl.replace(meta, backend="cpu")
+    assert meta(torch.empty(2, WIDTH, device="meta", dtype=torch.bfloat16)).is_meta
+
+
+def real() -> dict[str, tuple[nn.Module, str]]:
+    pytest.importorskip("transformers", reason="transformers is missing")
+    from transformers import activations as a
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+    from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    tanh = "gelu(input, approximate='tanh')"
+    return {
+        "gelu": (a.GELUActivation(), "gelu(input)"),
+        "gelu_python": (a.GELUActivation(use_gelu_python=True), "gelu(input)"),
+        "gelu_new": (a.NewGELUActivation(), tanh),
+        "gelu_fast": (a.FastGELUActivation(), tanh),
+        "gelu_tanh": (a.GELUTanh(), tanh),
+        "gelu_accurate": (a.AccurateGELUActivation(), tanh),
+        "quick_gelu": (a.QuickGELUActivation(), "swish(input, beta=1.702)"),
+        "silu": (a.SiLUActivation(), "silu(input)"),
+        "mish": (a.MishActivation(), "mish(input)"),
+        "llama": (LlamaRMSNorm(WIDTH), "rms_norm(input)"),
+        "mistral": (MistralRMSNorm(WIDTH, 1e-5), "rms_norm(input)"),
+        "qwen2": (Qwen2RMSNorm(WIDTH), "rms_norm(input)"),
+        "t5": (T5LayerNorm(WIDTH), "rms_norm(input)"),
+        "gemma2": (Gemma2RMSNorm(WIDTH), "rms_norm(input, 1 + weight)"),
+        "cohere": (CohereLayerNorm(WIDTH), "layer_norm(input)"),
+        "convnext": (ConvNextLayerNorm(WIDTH), "layer_norm(input)"),
+        "clipped": (a.ClippedGELUActivation(-10, 10), ""),
+        "relu2": (a.ReLUSquaredActivation(), ""),
+        "convnext first": (ConvNextLayerNorm(WIDTH, data_format="channels_first"), ""),
+    }
+
+
+NAMES = (
+    "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_tanh", "gelu_accurate", "quick_gelu",
+    "silu", "mish", "llama", "mistral", "qwen2", "t5", "gemma2", "cohere", "convnext", "clipped",
+    "relu2", "convnext first",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_real_classes(name: str) -> None:
+    module, what = real()[name]
+    model = nn.Sequential(module)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    plain, keys = copy.deepcopy(model), list(model.state_dict())
+    report = pydl.replace(model, backend="cpu")
+    if not what:
+        assert not report.replaced and report.skipped[0].why
+        return
+    assert report.replaced[0].new == f"pydl.functional.{what}", report.replaced
+    twin = model[0]
+    assert isinstance(twin, type(module)) and twin is not module
+    assert repr(twin) == repr(module) and list(model.state_dict()) == keys
+    assert not pydl.replace(model).replaced
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for one in (model, plain):
+            one.to(dtype)
+        x = torch.randn(3, 4, WIDTH).to(dtype)
+        results = []
+        for one in (model, plain):
+            leaf = x.clone().requires_grad_()
+            y = one(leaf)
+            y.float().square().sum().backward()
+            results.append([y, leaf.grad, *(p.grad for p in one.parameters())])
+            one.zero_grad()
+        tolerance = 8 * torch.finfo(dtype).eps
+        for got, want in zip(*results, strict=True):
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=8 * tolerance)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for made in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
+        assert type(made[0]) is type(twin) and made[0].backend == "cpu"
+        torch.testing.assert_close(made(x), model(x), rtol=0, atol=0)
+    report.undo()
+    assert model[0] is module and not hasattr(module, "backend")
+
+
+def test_computes_by_the_kernels_and_steps_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin computes where the form covers the call, else the module's own forward."""
+    module, _ = real()["llama"]
+    model = nn.Sequential(module)
+    plain = copy.deepcopy(model)
+    pydl.replace(model, backend="cpu")
+    seen: list[Any] = []
+    function = pydl.functional.rms_norm
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs["backend"])
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(pydl.functional, "rms_norm", watched)
+    x = torch.randn(2, WIDTH)
+    for given in (x.bfloat16(), x.double(), torch.randn(2, 1)):
+        torch.testing.assert_close(model(given), plain(given), rtol=0, atol=0)
+    torch.testing.assert_close(model[0](hidden_states=x), plain(x), rtol=0, atol=0)
+    assert not seen
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert not seen
+    model.float()(x)
+    model.bfloat16()(x.bfloat16())
+    assert seen == ["cpu", "cpu"]
+    vars(model[0])["variance_epsilon"] = 1.0
+    vars(plain[0])["variance_epsilon"] = 1.0
+    torch.testing.assert_close(model.float()(x), plain(x))
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "llama", "gemma2"])
+def test_compiles_in_one_graph(name: str) -> None:
+    module, _ = real()[name]
+    model = nn.Sequential(module)
+    plain = copy.deepcopy(model)
+    pydl.replace(model, backend="cpu")
+    torch._dynamo.reset()
+    x = torch.randn(2, WIDTH)
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, plain(x))
+    assert "transformers" in sys.modules
