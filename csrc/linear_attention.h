@@ -119,5 +119,64 @@ inline LinearAttention linear_attention_of(const char* op, const LinearAttention
   return a;
 }
 
+// A tensor of the sizes and dtype given, with neighbouring elements in the last dimension.
+inline Quad quad_of(const char* op, const char* name, const View& view, DType dtype,
+                    const View& like, int64_t columns) {
+  const Quad q = Quad::of(op, name, view);
+  bool fits = view.dtype == dtype && view.ndim == 4;
+  for (int d = 0; fits && d < 4; ++d) {
+    fits = view.sizes[d] == (d < 3 ? like.sizes[d] : columns);
+  }
+  if (!fits || (q.strides[3] != 1 && q.sizes[3] > 1)) {
+    fail(
+        "%s: %s wants shape (%lld, %lld, %lld, %lld), its partner's dtype and neighbouring "
+        "elements in the last dimension",
+        op, name, static_cast<long long>(like.sizes[0]), static_cast<long long>(like.sizes[1]),
+        static_cast<long long>(like.sizes[2]), static_cast<long long>(columns));
+  }
+  return q;
+}
+
+struct LinearGradients {
+  Quad dq, dk, dv;
+  void *ddecay, *dstate, *dsum;  // null where not wanted
+  Quad dout, out, factor;
+  const void *dstate_out, *dsum_out;  // null where nothing flows back from the state
+  const void *state_out, *sum_out;
+};
+
+struct LinearGradientArgs {
+  const View *dquery, *dkey, *dvalue, *ddecay, *dstate, *dsum, *dout, *dstate_out, *dsum_out, *out,
+      *factor, *state_out, *sum_out;
+};
+
+inline LinearGradients gradients_of(const char* op, const LinearAttention& a, const View& query,
+                                    const View& key, const View& value,
+                                    const LinearGradientArgs& given) {
+  const DType wide = accumulation_of(query.dtype);
+  const auto states = [&](const char* name, const View& view) {
+    return dense_of(op, name, view, wide, {a.batch, a.heads, a.width, a.value_width});
+  };
+  const auto sums = [&](const char* name, const View& view) {
+    return dense_of(op, name, view, wide, {a.batch, a.heads, a.width});
+  };
+  LinearGradients g;
+  g.dq = quad_of(op, "dquery", *given.dquery, query.dtype, query, a.width);
+  g.dk = quad_of(op, "dkey", *given.dkey, query.dtype, key, a.width);
+  g.dv = quad_of(op, "dvalue", *given.dvalue, query.dtype, value, a.value_width);
+  g.ddecay = dense_of(op, "ddecay", *given.ddecay, wide, {a.heads});
+  g.dstate = states("dstate", *given.dstate);
+  g.dsum = sums("dsum", *given.dsum);
+  g.dout = quad_of(op, "dout", *given.dout, query.dtype, query, a.value_width);
+  g.out = quad_of(op, "out", *given.out, query.dtype, query, a.value_width);
+  g.factor = quad_of(op, "factor", *given.factor, wide, query, 1);
+  g.dstate_out = states("dstate_out", *given.dstate_out);
+  g.dsum_out = sums("dsum_out", *given.dsum_out);
+  g.state_out = states("state_out", *given.state_out);
+  g.sum_out = sums("sum_out", *given.sum_out);
+  if (g.ddecay && !a.decay) fail("%s: ddecay wants a decay", op);
+  return g;
+}
+
 }  // namespace PYDL_ISA
 }  // namespace pydl

@@ -7,14 +7,6 @@
 namespace pydl {
 inline namespace PYDL_ISA {
 
-struct LinearGradients {
-  Quad dq, dk, dv;
-  void *ddecay, *dstate, *dsum;  // null where not wanted
-  Quad dout, out, factor;
-  const void *dstate_out, *dsum_out;  // null where nothing flows back from the state
-  const void *state_out, *sum_out;
-};
-
 template <class T>
 struct LinearBackward : LinearChunks<T> {
   using Base = LinearChunks<T>;

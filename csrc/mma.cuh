@@ -33,6 +33,22 @@ PYDL_DEVICE void mma(float16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Products of fp32 in tensor cores, operands rounded to 11 bits: of 16 x 8 by 8 x 8. With g and t
+// as above a lane has rows g and g + 8, columns t and t + 4 of the left operand, and rows t and t +
+// 4, column g of the right one.
+PYDL_DEVICE uint32_t tf32_of(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+PYDL_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Four 8 x 8 matrices of 16 bits; lane l brings the address of row l % 8 of matrix l / 8.
 PYDL_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -64,6 +80,10 @@ PYDL_DEVICE void copies_wait() {
 template <class T>
 PYDL_DEVICE void mma(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulation::mma_16x8x16(c, a, b0, b1, [](uint16_t bits) { return to_float(T{bits}); });
+}
+PYDL_DEVICE uint32_t tf32_of(float x) { return emulation::tf32_of(x); }
+PYDL_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::mma_16x8x8(c, a, b0, b1);
 }
 PYDL_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   emulation::load_matrices(r, row, false);

@@ -63,6 +63,11 @@ def wide(tensor: Any) -> Any:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What kernels compute a tensor's dtype in: fp32, fp64 for fp64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def _floating(tensor: Any) -> bool:
     return tensor is not None and tensor.is_floating_point()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import pydl.nn as P
 from pydl.functional import linear_attention, linear_attention_step
 from pydl.ops.linear_attention import features
-from pydl.table import judge
+from pydl.table import TABLE, judge
 from tests import harness
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -25,19 +25,21 @@ class Call:
     def __init__(
         self, lengths: tuple[int, int], *, heads: tuple[int, int] = (4, 2), width: int = 9,
         values: int = 7, causal: bool = True, dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
     ) -> None:  # fmt: skip
         make = torch.Generator().manual_seed(lengths[0])
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=make, dtype=torch.float64).to(dtype)
+            return torch.randn(shape, generator=make, dtype=torch.float64).to(device, dtype)
 
         self.query = draw(2, heads[0], lengths[0], width)
         self.key = draw(2, heads[1], lengths[1], width)
         self.value = draw(2, heads[1], lengths[1], values)
         self.state = draw(2, heads[0], width, values).to(wide)
         self.total = draw(2, heads[0], width).abs().to(wide)
-        self.decay = torch.linspace(0.7, 1, heads[0], dtype=wide) if causal else None
+        decay = torch.linspace(0.7, 1, heads[0], dtype=wide, device=device)
+        self.decay = decay if causal else None
         self.causal = causal
 
     def tensors(self) -> list[Tensor]:
@@ -107,16 +109,58 @@ def test_by_hand(causal: bool, feature_map: str, by: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.fixture
+def kernels(backend: str) -> str:
+    """A backend that has linear attention."""
+    if reason := harness.lacks(TABLE["linear_attention"], backend):
+        pytest.skip(f"backend {backend}: {reason}")
+    return backend
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("length", [1, 5, 64, 65, 200, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_of_everything(length: int, dtype: torch.dtype) -> None:
+def test_gradients_of_everything(
+    length: int, dtype: torch.dtype, causal: bool, kernels: str
+) -> None:
     """State and decay, as inputs and outputs, and all gradients pass the judge."""
-    call = Call((length, length), dtype=dtype)
-    got, native = call.gradients(backend="cpu"), call.gradients(backend="torch")
+    interpreted = harness.kind(kernels) == "triton, interpreted"
+    if interpreted and length not in (5, 200):
+        pytest.skip("too slow in the interpreter")
+    # Long enough for two pieces of a sequence, on a GPU.
+    lengths = (length, length if causal else length // 2 + 1)
+    call = Call(lengths, dtype=dtype, causal=causal, device=harness.device(kernels))
+    got, native = call.gradients(backend=kernels), call.gradients(backend="torch")
     wanted = call.to(torch.float64).gradients(backend="reference")
     for i, (a, b, c) in enumerate(zip(got, wanted, native, strict=True)):
         right, error, allowed = judge(a, b, c, 0 if i < 3 else length)
         assert right, f"result {i}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("width", [100, 200])
+@pytest.mark.parametrize("causal", [False, True])
+def test_wide_heads(causal: bool, width: int, kernels: str) -> None:
+    """Heads of every width that kernels are compiled for, and values of another."""
+    dtype = torch.float32
+    call = Call(
+        (70, 70), heads=(2, 1), width=width, values=width // 2 + 3, causal=causal, dtype=dtype,
+        device=harness.device(kernels),
+    )  # fmt: skip
+    got, native = call.gradients(backend=kernels), call.gradients(backend="torch")
+    wanted = call.to(torch.float64).gradients(backend="reference")
+    for i, (a, b, c) in enumerate(zip(got, wanted, native, strict=True)):
+        right, error, allowed = judge(a, b, c, 0 if i < 3 else 70)
+        assert right, f"result {i}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def test_blocks_in_any_order(kernels: str) -> None:
+    """The same bits, however blocks and threads follow each other."""
+    call = Call((300, 300), dtype=torch.float32, device=harness.device(kernels))
+    results = []
+    for seed in (1, 2):
+        harness.reorder(seed)
+        results.append(call.gradients(backend=kernels))
+    assert all(map(harness.same_bits, *results))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -163,21 +207,22 @@ def test_each_gradient_alone() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("decay", [None, 0.9])
-def test_in_parts_and_in_steps(dtype: torch.dtype, decay: float | None) -> None:
+def test_in_parts_and_in_steps(dtype: torch.dtype, decay: float | None, kernels: str) -> None:
     """A sequence in two parts, or token by token, gives what it gives whole."""
-    call = Call((75, 75), dtype=dtype)
+    length, part = (75, 31) if harness.kind(kernels) == kernels else (9, 4)
+    call = Call((length, length), dtype=dtype, device=harness.device(kernels))
     q, k, v = call.query, call.key, call.value
-    named: dict[str, Any] = {"decay": decay, "backend": "cpu"}
+    named: dict[str, Any] = {"decay": decay, "backend": kernels}
     whole, state = linear_attention(q, k, v, causal=True, return_state=True, **named)
     first, between = linear_attention(
-        q[:, :, :31], k[:, :, :31], v[:, :, :31], causal=True, return_state=True, **named
+        q[:, :, :part], k[:, :, :part], v[:, :, :part], causal=True, return_state=True, **named
     )
     second, after = linear_attention(
-        q[:, :, 31:], k[:, :, 31:], v[:, :, 31:], causal=True, return_state=True,
+        q[:, :, part:], k[:, :, part:], v[:, :, part:], causal=True, return_state=True,
         initial_state=between, **named,
     )  # fmt: skip
     tokens, now = [], None
-    for i in range(q.shape[2]):
+    for i in range(length):
         token, now = linear_attention_step(q[:, :, i], k[:, :, i], v[:, :, i], now, **named)
         tokens.append(token)
     close = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)

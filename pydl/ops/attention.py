@@ -119,13 +119,9 @@ def definition(
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """With neighbouring elements in the last dimension."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _like(x: Tensor, s: Settings) -> Tensor:
@@ -143,14 +139,18 @@ def _forward(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     s = Settings(*settings)
-    if q.shape[3] == v.shape[3] and _rows(q) is q:
-        out = _rows(_like(q, s))
+    if q.shape[3] == v.shape[3] and rows(q) is q:
+        out = rows(_like(q, s))
     else:
         out = _like(q.new_empty(*q.shape[:3], v.shape[3]), s)
-    lse = torch.full((*q.shape[:3], 1), -math.inf, dtype=_wide(q), device=q.device)
-    rest = torch.zeros_like(lse)
+    lse = torch.empty((*q.shape[:3], 1), dtype=autograd.wide_dtype(q), device=q.device)
+    rest = torch.empty_like(lse)
+    if s.offsets_q is not None:
+        # No kernel writes what no sequence covers.
+        lse.fill_(-math.inf)
+        rest.zero_()
     kernel(backend, "attention_fwd")(
-        out, lse, rest, _rows(q), _rows(k), _rows(v), mask, relative, *_tail(s)
+        out, lse, rest, rows(q), rows(k), rows(v), mask, relative, *_tail(s)
     )
     return out, lse, rest
 
@@ -159,14 +159,14 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
     q, k, v, mask, relative, out, lse, rest = saved
     s = Settings(*settings)
     dout, dlse = dys
-    dout = torch.zeros_like(out) if dout is None else _rows(dout)
-    dq, dk, dv = (_rows(_like(t, s)) for t in (q, k, v))
-    none = torch.empty(0, dtype=_wide(q), device=q.device)
+    dout = torch.zeros_like(out) if dout is None else rows(dout)
+    dq, dk, dv = (rows(_like(t, s)) for t in (q, k, v))
+    none = torch.empty(0, dtype=autograd.wide_dtype(q), device=q.device)
 
     def wide(of: Tensor | None, needed: bool) -> Tensor:
         if of is None or not needed or not of.is_floating_point():
             return none
-        return torch.empty(of.shape, dtype=_wide(q), device=q.device)
+        return torch.empty(of.shape, dtype=autograd.wide_dtype(q), device=q.device)
 
     dmask, drelative = wide(mask, needs[3]), wide(relative, needs[4])
     scratch = none
@@ -178,8 +178,8 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
             count += sequences * q.shape[1] * tiles * relative.shape[3]
         scratch = none.new_empty(count)
     kernel(backend, "attention_bwd")(
-        dq, dk, dv, dmask, drelative, scratch, dout, dlse, out, lse, rest, _rows(q), _rows(k),
-        _rows(v), mask, relative, *_tail(s),
+        dq, dk, dv, dmask, drelative, scratch, dout, dlse, out, lse, rest, rows(q), rows(k),
+        rows(v), mask, relative, *_tail(s),
     )  # fmt: skip
     return (
         dq,

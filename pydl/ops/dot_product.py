@@ -13,7 +13,7 @@ from pydl import autograd
 from pydl.backends import choose
 from pydl.ops.attention import RULE, Settings, call, definition
 from pydl.ops.bias_act import lowered
-from pydl.ops.philox import draw_seed
+from pydl.ops.philox import check_rate, draw_seed
 
 Window = int | tuple[int, int] | None
 
@@ -41,6 +41,24 @@ def window_of(op: str, window: Window, causal: bool) -> tuple[int, int]:
                 "right) of keys, -1 for all"
             )
     return (pair[0], 0) if causal else pair
+
+
+def at_bottom(op: str, causal_alignment: str) -> bool:
+    """Whether the last query stands at the last key.
+
+    Raises:
+        ValueError: there is no such alignment.
+    """
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(
+            f"pydl: {op}: causal_alignment is {causal_alignment!r}, wants 'top_left' or "
+            "'bottom_right'"
+        )
+    return causal_alignment == "bottom_right"
+
+
+def scale_of(query: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale)
 
 
 def refusal(op: str, what: str) -> RuntimeError:
@@ -121,8 +139,7 @@ def run(
 
 
 def seed_of(op: str, p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"pydl: {op}: dropout_p is {p}, wants 0 to 1")
+    check_rate(op, p)
     return None if p == 0 else draw_seed(device) if seed is None else seed
 
 
@@ -180,11 +197,7 @@ def scaled_dot_product_attention(
     Source: Dao et al. 2022, arXiv 2205.14135.
     """
     op = "scaled_dot_product_attention"
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(
-            f"pydl: {op}: causal_alignment is {causal_alignment!r}, wants 'top_left' or "
-            "'bottom_right'"
-        )
+    bottom = at_bottom(op, causal_alignment)
     if is_causal and attn_mask is not None:
         raise refusal(op, "attn_mask was given along with is_causal, wants one of them")
     left, right = window_of(op, window, is_causal)
@@ -195,7 +208,6 @@ def scaled_dot_product_attention(
     chosen = choose(op, backend, query, key, value)
     check(op, query, key, value, attn_mask, enable_gqa)
     p = float(dropout_p)
-    bottom = causal_alignment == "bottom_right"
     plain = not (bottom and is_causal) and window is None and not softcap and not return_lse
     if chosen == "torch" and plain and (seed is None or p == 0):
         return F.scaled_dot_product_attention(
@@ -205,7 +217,7 @@ def scaled_dot_product_attention(
     q, k, v = folded.tensors
     settings = Settings(
         seed_of(op, p, seed, query.device), None, None, q.shape[2], k.shape[2],
-        1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
+        scale_of(query, scale),
         float(softcap or 0.0), left, right, bottom, p,
     )  # fmt: skip
     args = (q, k, v, folded.mask(op, attn_mask), None)

@@ -11,14 +11,11 @@ from torch import Tensor
 from pydl import autograd
 from pydl.backends import choose
 from pydl.ops.bias_act import lowered
+from pydl.ops.dot_product import refusal
 from pydl.ops.linear_attention import FEATURES, PLAIN, RULE, Settings, call
 
 State = tuple[Tensor, Tensor]
 FeatureMap = str | Callable[[Tensor], Tensor]
-
-
-def _error(op: str, what: str) -> RuntimeError:
-    return RuntimeError(f"pydl: {op}: {what}")
 
 
 def feature_number(op: str, feature_map: FeatureMap) -> int:
@@ -40,33 +37,33 @@ def feature_number(op: str, feature_map: FeatureMap) -> int:
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     shapes = f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
-        raise _error(op, f"{shapes}: wants four dimensions, (batch, heads, rows, width)")
+        raise refusal(op, f"{shapes}: wants four dimensions, (batch, heads, rows, width)")
     if k.shape[0] != q.shape[0] or v.shape[:3] != k.shape[:3] or k.shape[3] != q.shape[3]:
-        raise _error(
+        raise refusal(
             op, f"{shapes}: wants one batch, query and key of one width, and as many values as keys"
         )  # fmt: skip
     if q.shape[1] % max(1, k.shape[1]) or (k.shape[1] == 0 and q.shape[1] > 0):
-        raise _error(op, f"{shapes}: wants heads that the keys' heads divide")
+        raise refusal(op, f"{shapes}: wants heads that the keys' heads divide")
     if causal and q.shape[2] != k.shape[2]:
-        raise _error(op, f"{shapes}: causal wants as many keys as queries")
+        raise refusal(op, f"{shapes}: causal wants as many keys as queries")
 
 
 def _fits(op: str, name: str, x: Tensor, q: Tensor, shape: tuple, dtypes: tuple) -> Tensor:
     """`x` in what is computed in, if it is as wanted."""
     if tuple(x.shape) != tuple(shape):
-        raise _error(op, f"{name} has shape {tuple(x.shape)}, wants {tuple(shape)}")
+        raise refusal(op, f"{name} has shape {tuple(x.shape)}, wants {tuple(shape)}")
     if x.dtype not in dtypes or x.device != q.device:
         wanted = " or ".join(sorted({str(d).removeprefix("torch.") for d in dtypes}))
-        raise _error(op, f"{name} is {x.dtype} on {x.device}, wants {wanted} on {q.device}")
-    return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        raise refusal(op, f"{name} is {x.dtype} on {x.device}, wants {wanted} on {q.device}")
+    return x.to(autograd.wide_dtype(q))
 
 
 def _decay(op: str, decay: float | Tensor | None, q: Tensor, causal: bool) -> Tensor | None:
     if decay is None:
         return None
     if not causal:
-        raise _error(op, "decay was given without causal: it needs an order of keys")
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        raise refusal(op, "decay was given without causal: it needs an order of keys")
+    wide = autograd.wide_dtype(q)
     if not isinstance(decay, Tensor):
         decay = torch.full((q.shape[1],), float(decay), dtype=wide, device=q.device)
     decay = _fits(op, "decay", decay, q, (q.shape[1],), (wide, q.dtype))
@@ -136,21 +133,24 @@ def linear_attention(
     chosen = choose(op, backend, query, key, value)
     if callable(feature_map):
         query, key = feature_map(query), feature_map(key)
+    elif feature_map == "softmax" and chosen in ("cuda", "triton"):
+        # A block of theirs has a part of a row.
+        query, key, feature = query.softmax(-1), key.softmax(-1), 0
     _check(op, query, key, value, causal)
     if key_padding_mask is not None:
         wanted = (key.shape[0], key.shape[2])
         if tuple(key_padding_mask.shape) != wanted or key_padding_mask.dtype != torch.bool:
-            raise _error(
+            raise refusal(
                 op, f"key_padding_mask is {key_padding_mask.dtype} "
                 f"{tuple(key_padding_mask.shape)}, wants bool {wanted}"
             )  # fmt: skip
         if key_padding_mask.device != query.device:
-            raise _error(
+            raise refusal(
                 op, f"key_padding_mask is on {key_padding_mask.device}, wants {query.device}"
             )  # fmt: skip
     state = total = None
     if initial_state is not None:
-        wide = (torch.float64 if query.dtype == torch.float64 else torch.float32,)
+        wide = (autograd.wide_dtype(query),)
         heads = (*query.shape[:2], query.shape[3])
         first, second = initial_state
         state = _fits(op, "initial_state[0]", first, query, (*heads, value.shape[3]), wide)
@@ -207,7 +207,7 @@ def linear_attention_step(
         RuntimeError: shapes, dtypes or devices do not fit.
     """
     if not query.dim() == key.dim() == value.dim() == 3:
-        raise _error(
+        raise refusal(
             "linear_attention_step", f"query {tuple(query.shape)}, key {tuple(key.shape)}, value "
             f"{tuple(value.shape)}: wants three dimensions, (batch, heads, width)"
         )  # fmt: skip

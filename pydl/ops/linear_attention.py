@@ -13,6 +13,7 @@ from torch import Tensor
 from pydl import autograd
 from pydl.autograd import Rule
 from pydl.backends import empty_like, kernel
+from pydl.ops.attention import rows
 
 # As numbered in csrc/linear_attention.h.
 FEATURES = ("identity", "elu", "relu", "softmax")
@@ -155,31 +156,44 @@ def chunked(
     return out, last, last_total
 
 
-def _rows(x: Tensor) -> Tensor:
-    """With neighbouring elements in the last dimension."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+# Rows that a piece of a sequence holds at least, and the blocks that pieces are to make: twice as
+# many as the largest GPUs have multiprocessors.
+_PIECE = 128
+_BLOCKS = 264
+
+
+def _pieces(backend: str, q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Into how many pieces a GPU's kernels cut the sequence; 0 on the CPU, where they need no
+    memory of ours."""
+    if backend == "cpu":
+        return 0
+    blocks = max(1, q.shape[0] * q.shape[1] * -(-v.shape[3] // 64))
+    return max(1, min(k.shape[2] // _PIECE, -(-_BLOCKS // blocks)))
+
+
+def _room(q: Tensor, count: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for that many numbers, in what is computed in."""
+    return torch.empty(count, dtype=dtype or autograd.wide_dtype(q), device=q.device)
 
 
 def _forward(
     backend: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
     total: Tensor | None, *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    heads, wide = q.shape[:2], _wide(q)
+    heads, wide = q.shape[:2], autograd.wide_dtype(q)
     out = empty_like(q.new_empty(*q.shape[:3], v.shape[3]))
     factor = torch.empty((*q.shape[:3], 1), dtype=wide, device=q.device)
     state_out = torch.empty((*heads, q.shape[3], v.shape[3]), dtype=wide, device=q.device)
     total_out = torch.empty((*heads, q.shape[3]), dtype=wide, device=q.device)
     hidden, *further = settings
+    count = _pieces(backend, q, k, v)
+    pieces = _room(q, count * (state_out.numel() + total_out.numel()) if count > 1 else 0)
     kernel(backend, "linear_attention_fwd")(
-        out, factor, state_out, total_out, _rows(q), _rows(k), _rows(v), _dense(decay),
+        out, factor, state_out, total_out, pieces, rows(q), rows(k), rows(v), _dense(decay),
         _dense(state), _dense(total), hidden, *further,
     )  # fmt: skip
     return out, state_out, total_out, factor
@@ -188,19 +202,26 @@ def _forward(
 def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tuple) -> tuple:
     q, k, v, decay, state, total, out, state_out, total_out, factor = saved
     dout, dstate_out, dtotal_out = dys
-    dout = torch.zeros_like(out) if dout is None else _rows(dout)
-    dq, dk, dv = (_rows(empty_like(t)) for t in (q, k, v))
-    none = torch.empty(0, dtype=_wide(q), device=q.device)
-
-    def like(x: Tensor | None) -> Tensor:
-        return none if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-    ddecay = like(decay) if needs[3] else none
-    dstate, dtotal = like(state), like(total)
+    dout = torch.zeros_like(out) if dout is None else rows(dout)
+    dq, dk, dv = (rows(empty_like(t)) for t in (q, k, v))
+    none = _room(q, 0)
     hidden, *further = settings
+    ddecay = torch.empty_like(decay) if needs[3] else none
+    count = _pieces(backend, q, k, v)
+    # On a GPU, where not causal, keys get their gradients through the first state's.
+    flows = state is not None or (count > 0 and not settings[2])
+    dstate, dtotal = (torch.empty_like(t) if flows else none for t in (state_out, total_out))
+    pieces, numbers, logs = none, none, _room(q, 0, torch.float64)
+    if count > 0:
+        group = q.shape[1] // max(1, k.shape[1])
+        numbers = _room(q, factor.numel() + (k.numel() + v.numel() if group > 1 else 0))
+        if count > 1:
+            pieces = _room(q, 2 * count * (state_out.numel() + total_out.numel()))
+        if needs[3]:
+            logs = _room(q, 2 * q.shape[0] * q.shape[1] * count * -(-q.shape[3] // 32), logs.dtype)
     kernel(backend, "linear_attention_bwd")(
-        dq, dk, dv, ddecay, dstate, dtotal, dout, _dense(dstate_out), _dense(dtotal_out), out,
-        factor, state_out, total_out, _rows(q), _rows(k), _rows(v), _dense(decay), _dense(state),
+        dq, dk, dv, ddecay, dstate, dtotal, pieces, numbers, logs, dout, _dense(dstate_out), _dense(dtotal_out), out,
+        factor, state_out, total_out, rows(q), rows(k), rows(v), _dense(decay), _dense(state),
         _dense(total), hidden, *further,
     )  # fmt: skip
     return (

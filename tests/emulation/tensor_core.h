@@ -48,6 +48,44 @@ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
   warp_step("mma", 0xffffffffu, &mine, multiply_matrices);
 }
 
+// Rounds to 11 bits, halves away from zero.
+inline uint32_t tf32_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return bits & 0x007fffffu ? 0x7fffe000u : bits;
+  return (bits + 0x1000u) & ~0x1fffu;
+}
+inline float tf32_number(uint32_t bits) {
+  bits &= ~0x1fffu;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline void multiply_matrices_tf32(unsigned, void* const lanes[32]) {
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& p = *static_cast<Product*>(lanes[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int r = 0; r < 4; ++r) {
+      a[g + 8 * (r % 2)][t + 4 * (r / 2)] = tf32_number(p.a[r]);
+      if (r < 2) b[t + 4 * r][g] = tf32_number(p.b[r]);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    float* const c = static_cast<Product*>(lanes[lane])->c;
+    for (int r = 0; r < 4; ++r) {
+      const int row = lane / 4 + 8 * (r / 2), column = 2 * (lane % 4) + r % 2;
+      float sum = 0;
+      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
+      c[r] += sum;
+    }
+  }
+}
+inline void mma_16x8x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Product mine{c, a, {b0, b1}, nullptr};
+  warp_step("mma.tf32", 0xffffffffu, &mine, multiply_matrices_tf32);
+}
+
 struct Matrices {
   uint32_t* to;
   const void* row;
