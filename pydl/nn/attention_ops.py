@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pydl import functional as F
 from pydl.nn.activation import HasBackend
 from pydl.ops.dot_product import Window, window_of
+from pydl.ops.philox import check_rate
 
 
 class ScaledDotProductAttention(HasBackend, nn.Module):
@@ -43,7 +44,7 @@ class ScaledDotProductAttention(HasBackend, nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         name = type(self).__name__
-        _probability(name, dropout_p)
+        check_rate(name, dropout_p)
         window_of(name, window, is_causal)
         if causal_alignment not in ("top_left", "bottom_right"):
             raise ValueError(
@@ -106,7 +107,7 @@ class LocalAttention(HasBackend, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        _probability("LocalAttention", dropout_p)
+        check_rate("LocalAttention", dropout_p)
         left, right = window_of("LocalAttention", window_size, causal)
         if dilation < 1:
             raise ValueError(f"pydl: LocalAttention: dilation is {dilation}, wants 1 or more")
@@ -185,11 +186,6 @@ class AdditiveAttention(HasBackend, nn.Module):
 
     def extra_repr(self) -> str:
         return f"dims={self.dims}, hidden={self.hidden}"
-
-
-def _probability(name: str, p: float) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"pydl: {name}: dropout_p is {p}, wants 0 to 1")
 
 
 def _set(module: nn.Module, **defaults: Any) -> str:

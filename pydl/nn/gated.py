@@ -10,6 +10,7 @@ from pydl import functional as F
 from pydl.backends import choose
 from pydl.nn.activation import HasBackend
 from pydl.ops.bias_act import named
+from pydl.ops.philox import check_rate
 
 
 def _halves(name: str, input: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -186,8 +187,7 @@ class BiasAct(HasBackend, nn.Module):
     ) -> None:
         super().__init__()
         named("BiasAct", act, act_param)
-        if not 0 <= dropout_p <= 1:
-            raise ValueError(f"pydl: BiasAct: dropout_p is {dropout_p}, wants 0 to 1")
+        check_rate("BiasAct", dropout_p)
         if num_features < 0:
             raise ValueError(f"pydl: BiasAct: num_features is {num_features}, wants 0 or more")
         self.num_features = num_features

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pydl import functional as F
 from pydl.nn.activation import HasBackend
+from pydl.ops.philox import check_rate
 
 
 class LayerNorm(HasBackend, nn.LayerNorm):
@@ -53,13 +54,16 @@ class RMSNorm(HasBackend, nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, backend=self.backend)
 
 
-def _checked(name: str, dropout_p: float) -> float:
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"pydl: {name}: dropout_p is {dropout_p}, wants 0 to 1")
-    return dropout_p
+class _Adding(HasBackend, nn.Module):
+    """A normalisation of what the residual has become."""
+
+    dropout_p: float
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
 
 
-class AddLayerNorm(HasBackend, nn.LayerNorm):
+class AddLayerNorm(_Adding, nn.LayerNorm):
     """Residual and layer normalisation in one pass: `(layer_norm(h), h)` of
     `h = residual + dropout(x)`.
 
@@ -95,7 +99,7 @@ class AddLayerNorm(HasBackend, nn.LayerNorm):
         dropout_p: float = 0.0,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self.dropout_p = _checked("AddLayerNorm", dropout_p)
+        self.dropout_p = check_rate("AddLayerNorm", dropout_p)
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return F.add_layer_norm(
@@ -103,11 +107,8 @@ class AddLayerNorm(HasBackend, nn.LayerNorm):
             self.dropout_p, self.training, backend=self.backend,
         )  # fmt: skip
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
 
-
-class AddRMSNorm(HasBackend, nn.RMSNorm):
+class AddRMSNorm(_Adding, nn.RMSNorm):
     """Residual and RMS normalisation in one pass: `(rms_norm(h), h)` of
     `h = residual + dropout(x)`.
 
@@ -139,13 +140,10 @@ class AddRMSNorm(HasBackend, nn.RMSNorm):
         dropout_p: float = 0.0,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
-        self.dropout_p = _checked("AddRMSNorm", dropout_p)
+        self.dropout_p = check_rate("AddRMSNorm", dropout_p)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return F.add_rms_norm(
             x, residual, self.normalized_shape, self.weight, self.eps, self.dropout_p,
             self.training, backend=self.backend,
         )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"

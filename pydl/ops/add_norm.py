@@ -24,7 +24,7 @@ from pydl.ops.layer_norm import (
     shaped,
     sums,
 )
-from pydl.ops.philox import draw_seed, dropout_factors
+from pydl.ops.philox import check_rate, draw_seed, dropout_factors
 
 
 def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
@@ -149,8 +149,7 @@ def _widened(input: Tensor, residual: Tensor) -> bool:
 
 
 def _check(op: str, input: Tensor, residual: Tensor, dropout_p: float) -> None:
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"pydl: {op}: dropout_p is {dropout_p}, wants 0 to 1")
+    check_rate(op, dropout_p)
     fits = residual.shape == input.shape and residual.device == input.device
     if not fits or (residual.dtype != input.dtype and not _widened(input, residual)):
         raise RuntimeError(

@@ -71,6 +71,12 @@ def update(
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
+def _moments(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, where no kernel has found them."""
+    var, mean = torch.var_mean(autograd.wide(input.detach()), over, correction=0)
+    return mean, var
+
+
 def _finish(y: Tensor, act: str, act_param: float | None, residual: Tensor | None) -> Tensor:
     """What follows the normalisation, by torch."""
     y = y if residual is None else y + residual
@@ -198,8 +204,7 @@ def _batch(
         y, mean, _, var = call(chosen, *args)
     if training and count and (running_mean is not None or running_var is not None):
         if mean is None or var is None:
-            over = [d for d in range(input.dim()) if d != 1]
-            var, mean = torch.var_mean(autograd.wide(input.detach()), over, correction=0)
+            mean, var = _moments(input, [d for d in range(input.dim()) if d != 1])
         update(running_mean, running_var, mean.reshape(-1), var.reshape(-1), momentum, count)
     return y
 
@@ -270,8 +275,7 @@ def instance_norm(
         y, mean, _, var = call(chosen, *args)
     if use_input_stats and y.numel() and (running_mean is not None or running_var is not None):
         if mean is None or var is None:
-            over = list(range(2, input.dim()))
-            var, mean = torch.var_mean(autograd.wide(input.detach()), over, correction=0)
+            mean, var = _moments(input, list(range(2, input.dim())))
         update(running_mean, running_var, mean.mean(0), var.mean(0), momentum, count)
     return y
 

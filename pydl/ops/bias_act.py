@@ -14,7 +14,7 @@ from pydl.autograd import Rule
 from pydl.backends import FLOATS, choose, empty_like, kernel
 from pydl.ops import definitions
 from pydl.ops.channels import Channels, sums
-from pydl.ops.philox import draw_seed, dropout_factors
+from pydl.ops.philox import check_rate, draw_seed, dropout_factors
 from pydl.ops.samples import one_pass
 from pydl.table import LAYOUTS, Case, Make, Op, register
 
@@ -158,8 +158,7 @@ def bias_act(
         RuntimeError: `bias` does not fit.
     """
     number, parameter = named("bias_act", act, act_param)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"pydl: bias_act: dropout_p is {dropout_p}, wants 0 to 1")
+    check_rate("bias_act", dropout_p)
     p = float(dropout_p) if training else 0.0
     size = input.shape[dim] if input.dim() else 1
     if bias is None:

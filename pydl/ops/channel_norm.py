@@ -104,11 +104,6 @@ def channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=form)
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """What the kernels compute in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def pieces_of(folded: Tensor) -> int:
     """Into how many pieces the elements of a channel are cut; depends on sizes only, so that the
     same bits come out each time."""
@@ -130,7 +125,10 @@ def scratch(folded: Tensor, groups: int, pieces: int) -> Tensor:
 def empty_moments(folded: Tensor, groups: int) -> list[Tensor]:
     """Where the kernels put mean, what is left of it, and biased variance of (sample, group)."""
     shape = (folded.shape[0], groups)
-    return [torch.empty(shape, dtype=wide(folded), device=folded.device) for _ in range(3)]
+    return [
+        torch.empty(shape, dtype=autograd.wide_dtype(folded), device=folded.device)
+        for _ in range(3)
+    ]
 
 
 def flat(weight: Tensor | None) -> Tensor | None:
@@ -139,7 +137,7 @@ def flat(weight: Tensor | None) -> Tensor | None:
 
 def moment(given: Tensor, x: Tensor) -> Tensor:
     """A running estimate as the kernels take it."""
-    return given.to(wide(x)).contiguous().view(1, -1)
+    return given.to(autograd.wide_dtype(x)).contiguous().view(1, -1)
 
 
 def _forward(

@@ -40,14 +40,9 @@ def flat(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.reshape(-1).contiguous()
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """What the kernels compute in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def numbers(x2: Tensor) -> Tensor:
     """Where the kernels put a number a row."""
-    return torch.empty(x2.shape[0], dtype=wide(x2), device=x2.device)
+    return torch.empty(x2.shape[0], dtype=autograd.wide_dtype(x2), device=x2.device)
 
 
 def sums(x2: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
@@ -245,4 +240,4 @@ def rms_norm(
 def eps_of(input: Tensor, eps: float | None) -> float:
     if eps is not None:
         return float(eps)
-    return torch.finfo(wide(input)).eps
+    return torch.finfo(autograd.wide_dtype(input)).eps

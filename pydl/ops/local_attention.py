@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +9,15 @@ from torch import Tensor
 from pydl.backends import choose
 from pydl.ops.attention import Settings, definition, visible
 from pydl.ops.bias_act import lowered
-from pydl.ops.dot_product import Folded, check, refusal, run, seed_of, window_of
+from pydl.ops.dot_product import (
+    Folded,
+    check,
+    refusal,
+    run,
+    scale_of,
+    seed_of,
+    window_of,
+)
 
 
 def local_attention(
@@ -106,7 +112,7 @@ def local_attention(
     p = float(dropout_p)
     settings = Settings(
         seed_of(op, p, seed, query.device), None, None, q.shape[2], k.shape[2],
-        1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
+        scale_of(query, scale),
         0.0, left, right, False, p,
     )  # fmt: skip
     args = (q, k, v, mask, relative)

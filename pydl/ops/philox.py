@@ -16,6 +16,17 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 
 
+def check_rate(op: str, p: float) -> float:
+    """The rate of a dropout.
+
+    Raises:
+        ValueError: it is not in [0, 1].
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"pydl: {op}: dropout_p is {p}, wants 0 to 1")
+    return p
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh (seed, offset) from torch's generator of the device."""
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)

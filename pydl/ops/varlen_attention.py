@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,16 @@ from torch import Tensor
 from pydl.backends import choose
 from pydl.ops.attention import Settings, definition
 from pydl.ops.bias_act import lowered
-from pydl.ops.dot_product import Window, check, refusal, run, seed_of, window_of
+from pydl.ops.dot_product import (
+    Window,
+    at_bottom,
+    check,
+    refusal,
+    run,
+    scale_of,
+    seed_of,
+    window_of,
+)
 
 
 def varlen_attention(
@@ -65,11 +73,7 @@ def varlen_attention(
         RuntimeError: shapes, dtypes or devices do not fit.
     """
     op = "varlen_attention"
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(
-            f"pydl: {op}: causal_alignment is {causal_alignment!r}, wants 'top_left' or "
-            "'bottom_right'"
-        )
+    bottom = at_bottom(op, causal_alignment)
     left, right = window_of(op, window, is_causal)
     query, key, value = lowered(query, key, value)
     chosen = choose(op, backend, query, key, value)
@@ -95,8 +99,8 @@ def varlen_attention(
     p = float(dropout_p)
     settings = Settings(
         seed_of(op, p, seed, query.device), cu_seq_q.long(), cu_seq_k.long(), int(max_q),
-        int(max_k), 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale),
-        float(softcap or 0.0), left, right, causal_alignment == "bottom_right", p,
+        int(max_k), scale_of(query, scale),
+        float(softcap or 0.0), left, right, bottom, p,
     )  # fmt: skip
     args = (q, k, v, None, None)
     out, lse = definition(*args, *settings) if chosen == "torch" else run(chosen, *args, settings)
