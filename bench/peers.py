@@ -141,18 +141,130 @@ def _xformers_attention(given: Arguments) -> Call | None:
     ).transpose(1, 2)
 
 
+def _band(given: Arguments) -> tuple[int, int] | None:
+    """Keys seen before and after a query's own, where nothing else shapes local attention."""
+    size = given["window_size"]
+    left, right = (size // 2, size // 2) if isinstance(size, int) else size
+    plain = not given.get("dropout_p") and (given.get("dilation") or 1) == 1
+    plain = plain and given.get("bias") is None and given.get("key_padding_mask") is None
+    if not plain or min(left, right) < 0:
+        return None
+    return left, 0 if given.get("causal") else right
+
+
+def _flex_local(given: Arguments) -> Call | None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    band = _band(given)
+    if band is None:
+        return None
+    q, k, v = given["query"], given["key"], given["value"]
+    n, (left, right) = q.shape[-2], band
+    mask = create_block_mask(
+        lambda b, h, i, j: (i - j <= left) & (j - i <= right), None, None, n, n,
+        device=q.device.type,
+    )  # fmt: skip
+    return partial(_compiled_flex(), q, k, v, block_mask=mask, scale=given.get("scale"))
+
+
+def _local_attention(given: Arguments) -> Call | None:
+    from local_attention import LocalAttention
+
+    band = _band(given)
+    if band is None or band[0] == 0 or band[1] not in (0, band[0]):
+        return None
+    module = LocalAttention(
+        band[0], causal=band[1] == 0, look_backward=1, look_forward=int(band[1] > 0),
+        exact_windowsize=True, use_rotary_pos_emb=False, autopad=True, scale=given.get("scale"),
+    )  # fmt: skip
+    return partial(module, given["query"], given["key"], given["value"])
+
+
+def _natten_local(given: Arguments) -> Call | None:
+    from natten import na1d
+
+    band = _band(given)
+    if band is None or band[0] != band[1]:
+        return None  # at the ends its window moves inwards: the gate tells
+    q, k, v = (given[name].transpose(1, 2) for name in ("query", "key", "value"))
+    size = 2 * band[0] + 1
+    return lambda: na1d(q, k, v, kernel_size=size, scale=given.get("scale")).transpose(1, 2)
+
+
+def _liger_layer_norm(given: Arguments) -> Call | None:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    if given["weight"] is None or given["bias"] is None or given["weight"].dim() != 1:
+        return None
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    return lambda: LigerLayerNormFunction.apply(x, weight, bias, given["eps"])
+
+
+def _liger_rms_norm(given: Arguments) -> Call | None:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    if given["weight"] is None or given["weight"].dim() != 1 or given["eps"] is None:
+        return None
+    x, weight = given["input"], given["weight"]
+    return lambda: LigerRMSNormFunction.apply(x, weight, given["eps"], 0.0, "llama", False)
+
+
+def _liger_add_rms_norm(given: Arguments) -> Call | None:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    if given["weight"] is None or given["weight"].dim() != 1 or given.get("dropout_p"):
+        return None
+    x, residual, weight = given["input"], given["residual"], given["weight"]
+    return lambda: LigerFusedAddRMSNormFunction.apply(x, residual, weight, given["eps"])
+
+
+def _fla_linear(given: Arguments) -> Call | None:
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    special = ("key_padding_mask", "initial_state", "decay", "scale")
+    if not given["causal"] or given["feature_map"] != "elu" or given.get("return_state"):
+        return None
+    if any(given.get(name) is not None for name in special):
+        return None
+
+    def call() -> Tensor:
+        q, k = (torch.nn.functional.elu(given[name]) + 1 for name in ("query", "key"))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, given["value"]))
+        return chunk_linear_attn(q, k, v, scale=1.0, normalize=given["normalize"])[0].transpose(
+            1, 2
+        )
+
+    return call
+
+
 ATTENTION = "scaled_dot_product_attention"
+LOCAL = "local_attention"
 GPU = ("cuda",)
 BOTH = ("cpu", "cuda")
 
 PEERS: dict[str, Peer] = {
     "torch": Peer("torch", "torch", BOTH, native=lambda op: op.native),
     "compile": Peer("torch", "torch", BOTH, native=_compiled),
-    "flex": Peer("torch", "torch", BOTH, {ATTENTION: _flex_attention}),
-    "liger": Peer("liger-kernel", "liger_kernel", GPU, {"gated_act": _liger_gated}),
-    "fla": Peer("flash-linear-attention", "fla", GPU, {"gated_act": _fla_gated}),
-    "local-attention": Peer("local-attention", "local_attention", BOTH),
+    "flex": Peer("torch", "torch", BOTH, {ATTENTION: _flex_attention, LOCAL: _flex_local}),
+    "liger": Peer(
+        "liger-kernel",
+        "liger_kernel",
+        GPU,
+        {
+            "gated_act": _liger_gated,
+            "layer_norm": _liger_layer_norm,
+            "rms_norm": _liger_rms_norm,
+            "add_rms_norm": _liger_add_rms_norm,
+        },
+    ),
+    "fla": Peer(
+        "flash-linear-attention",
+        "fla",
+        GPU,
+        {"gated_act": _fla_gated, "linear_attention": _fla_linear},
+    ),
+    "local-attention": Peer("local-attention", "local_attention", BOTH, {LOCAL: _local_attention}),
     "flash-attn": Peer("flash-attn", "flash_attn", GPU, {ATTENTION: _flash_attention}),
     "xformers": Peer("xformers", "xformers", GPU, {ATTENTION: _xformers_attention}),
-    "natten": Peer("natten", "natten", GPU),
+    "natten": Peer("natten", "natten", GPU, {LOCAL: _natten_local}),
 }
