@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pydl import autograd
 from pydl.backends import choose
+from pydl.ops import decoding
 from pydl.ops.attention import RULE, Settings, call, definition
 from pydl.ops.bias_act import lowered
 from pydl.ops.philox import check_rate, draw_seed
@@ -134,8 +135,11 @@ def run(
     chosen: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, relative: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    args = (q, k, v, mask, relative, *settings)
-    return autograd.in_reference(RULE, *args) if chosen == "reference" else call(chosen, *args)
+    if chosen == "reference":
+        return autograd.in_reference(RULE, q, k, v, mask, relative, *settings)
+    if relative is None and decoding.fits(q, mask, settings):
+        return decoding.attend(chosen, q, k, v, settings)
+    return call(chosen, q, k, v, mask, relative, *settings)
 
 
 def seed_of(op: str, p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:

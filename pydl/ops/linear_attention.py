@@ -220,9 +220,9 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
         if needs[3]:
             logs = _room(q, 2 * q.shape[0] * q.shape[1] * count * -(-q.shape[3] // 32), logs.dtype)
     kernel(backend, "linear_attention_bwd")(
-        dq, dk, dv, ddecay, dstate, dtotal, pieces, numbers, logs, dout, _dense(dstate_out), _dense(dtotal_out), out,
-        factor, state_out, total_out, rows(q), rows(k), rows(v), _dense(decay), _dense(state),
-        _dense(total), hidden, *further,
+        dq, dk, dv, ddecay, dstate, dtotal, pieces, numbers, logs, dout, _dense(dstate_out),
+        _dense(dtotal_out), out, factor, state_out, total_out, rows(q), rows(k), rows(v),
+        _dense(decay), _dense(state), _dense(total), hidden, *further,
     )  # fmt: skip
     return (
         dq, dk, dv, ddecay if needs[3] else None, None if state is None else dstate,
