@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Discriminator(nn.Sequential):
     """
 
     def __init__(
-        self, width: int = 16, channels: int = 1, norm: type[nn.Module] = nn.BatchNorm2d
+        self, width: int = 16, channels: int = 1, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
     ) -> None:
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for few, many in ((width, 2 * width), (2 * width, 4 * width)):
