@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> float:
     data = torch.tensor([letters.index(c) for c in corpus], device=args.device)
     cut = len(data) * 9 // 10
     steps, batch, length, width, layers, rate = (
-        (160, 32, 32, 64, 2, 6e-3) if args.short else (2000, 32, 128, 128, 4, 3e-3)
+        (160, 32, 32, 64, 2, 6e-3) if args.short else (1200, 32, 96, 96, 3, 4e-3)
     )
     bound = 2.9 if args.short else 1.75
     model = CharGPT(len(letters), length, width, layers, args.attention)

@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> float:
     args = training.options(made, argv)
     model = ViT(32, 2) if args.short else ViT(64, 4)
     epochs, bound = (8, 0.85) if args.short else (60, 0.97)
-    return training.train_digits("digits_vit", model, args, epochs, 4e-3, bound)
+    rate = 4e-3 if args.short else 2e-3
+    return training.train_digits("digits_vit", model, args, epochs, rate, bound)
 
 
 if __name__ == "__main__":

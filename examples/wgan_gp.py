@@ -52,7 +52,7 @@ def distance(some: Tensor, others: Tensor, directions: int = 128) -> float:
 
 def train(args: Namespace) -> tuple[training.Curves, Tensor, float]:
     """(the curves, generated images, their distance by that before training)."""
-    steps, width, batch, rate = (40, 6, 32, 5e-3) if args.short else (2000, 24, 64, 2e-3)
+    steps, width, batch, rate = (40, 6, 32, 5e-3) if args.short else (700, 16, 64, 2e-3)
     real = 2 * training.digits(args, 16)[0] - 1
     generator = training.replaced(Generator(NOISE, width), args)
     critic = training.replaced(Discriminator(width, norm=norm), args)

@@ -278,6 +278,34 @@ def test_computes_by_the_kernels_and_steps_back(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(model.float()(x), plain(x))
 
 
+@pytest.mark.parametrize("name", ["gelu", "quick_gelu", "llama", "gelu_new"])
+def test_the_automatic_choice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where native PyTorch is the fastest the module's own forward runs, bit by bit; but torch has
+    a function for the new GELU."""
+    module, _ = real()[name]
+    model = nn.Sequential(module)
+    plain = copy.deepcopy(model)
+    pydl.replace(model)
+    ran: list[Any] = []
+    forward = type(module).forward
+
+    def watched(self: Any, x: Tensor) -> Tensor:
+        ran.append(x.shape)
+        return forward(self, x)
+
+    monkeypatch.setattr(type(module), "forward", watched)
+    x = torch.randn(3, WIDTH)
+    got, own = model(x), len(ran)
+    assert own == (name != "gelu_new")
+    bits = {"rtol": 0, "atol": 0} if own else {}
+    torch.testing.assert_close(got, plain(x), **bits)
+    ran.clear()
+    with pydl.use_backend("cpu"):
+        model(x)
+    model(torch.randn(1 << 20, WIDTH))
+    assert not ran
+
+
 @pytest.mark.parametrize("name", ["gelu_new", "llama", "gemma2"])
 def test_compiles_in_one_graph(name: str) -> None:
     module, _ = real()[name]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pydl import functional
+from pydl.backends import choose, requested
 from pydl.nn.activation import HasBackend
 
 
@@ -45,11 +46,17 @@ class Derived(HasBackend, nn.Module):
     """What stands before another package's class in a twin's bases."""
 
     _pydl_form: Form
+    _pydl_own: bool
+    """Where native PyTorch is the fastest, the class' own forward is; not where it is a formula of
+    many steps for which torch has a function."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         form = self._pydl_form
-        if len(args) == 1 and not kwargs and covers(form, self, args[0]):
-            return apply(form, self, args[0], self.backend)
+        if len(args) == 1 and not kwargs:
+            x = args[0]
+            free = self._pydl_own and self.backend is None and requested(None) is None
+            if not (free and choose(form.function, None, x) == "torch") and covers(form, self, x):
+                return apply(form, self, x, self.backend)
         return super().forward(*args, **kwargs)
 
 
@@ -96,6 +103,7 @@ def _derive(base: Any, form: Form) -> type:
     members = {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
         "__reduce_ex__": _reduce, "_pydl_form": form, "_pydl_origin": base,
+        "_pydl_own": form.direct or bool(form.eps) or form.function == "swish",
     }  # fmt: skip
     return type(base.__name__, (Derived, base), members)
 
