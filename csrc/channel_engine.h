@@ -118,6 +118,7 @@ struct Engine {
     int64_t filled = 0;
     for (int64_t o = 0; o < s.outer; ++o) {
       const T* from = x + s.at(sample, o, g * s.per_group());
+      fetch_run(x + s.at(sample, 0, g * s.per_group()), Runs{s.outer, period(), unit()}, o);
       for (int64_t i = 0; i < unit(); i += kWidth) {
         const int64_t count = unit() - i < kWidth ? unit() - i : kWidth;
         store_as(gathered + filled + i, load_some(from + i, count));
@@ -154,11 +155,8 @@ struct Engine {
   void unit_apply(int64_t sample, int64_t g, const Weights& weights) const {
     over_unit(sample, g, weights, nullptr, 1,
               [&](auto mode, const Coefs<A>& c, int64_t, int64_t start, const Runs& runs) {
-                for (int64_t o = 0; o < runs.count; ++o) {
-                  const int64_t at = start + o * runs.stride;
-                  forward_run<T, decltype(mode)::value>(y + at, x + at, residual_at(at), c, act,
-                                                        runs.n, past_cache);
-                }
+                forward_runs<T, decltype(mode)::value>(y + start, x + start, residual_at(start), c,
+                                                       act, runs, past_cache);
               });
   }
 
@@ -198,11 +196,8 @@ struct Engine {
     const ActRuns<A> run = act_before();
     over_unit(sample, g, weights, of_group, count,
               [&](auto mode, const Coefs<A>& c, int64_t, int64_t start, const Runs& runs) {
-                for (int64_t o = 0; o < runs.count; ++o) {
-                  const int64_t at = start + o * runs.stride;
-                  dx_run<T, decltype(mode)::value>(dx + at, before() + at, x + at, residual_at(at),
-                                                   c, run, runs.n, past_cache);
-                }
+                dx_runs<T, decltype(mode)::value>(dx + start, before() + start, x + start,
+                                                  residual_at(start), c, run, runs, past_cache);
               });
   }
 

@@ -198,6 +198,56 @@ void forward_run(T* y, const T* x, const T* residual, const Coefs<acc_t<T>>& c,
   });
 }
 
+// Runs of one kind, `stride` apart.
+struct Runs {
+  int64_t count, stride, n;
+};
+
+// Runs shorter than this are taken in one loop, the lines of some further on being fetched
+// meanwhile: no stream is long enough for the processor to see it coming.
+constexpr int64_t kShortRun = 512;
+template <class T>
+inline void fetch_run(const T* x, const Runs& runs, int64_t r) {
+  constexpr int64_t kAhead = 4, kLine = 64 / sizeof(T);
+  if (r + kAhead >= runs.count) return;
+  const T* const from = x + (r + kAhead) * runs.stride;
+  for (int64_t i = 0; i < runs.n + kLine; i += kLine) prefetch(from + i);
+}
+
+template <class T, Mode kMode, bool kRelu>
+__attribute__((noinline)) void forward_at_once(T* y, const T* x, const T* residual,
+                                               const Coefs<acc_t<T>>& c, const Runs& runs) {
+  using V = typename Lanes<T>::type;
+  constexpr int64_t kWidth = Lanes<T>::count;
+  for (int64_t r = 0; r < runs.count; ++r) {
+    fetch_run(x, runs, r);
+    if (residual) fetch_run(residual, runs, r);
+    for (int64_t i = 0; i < runs.n; i += kWidth) {
+      const int64_t count = runs.n - i < kWidth ? runs.n - i : kWidth, at = r * runs.stride + i;
+      V z = At<V, kMode, acc_t<T>>{c, i}.out(load_some(x + at, count));
+      if (residual) z = z + load_some(residual + at, count);
+      if constexpr (kRelu) z = Relu{}.forward(z);
+      store_some(y + at, z, count);
+    }
+  }
+}
+
+template <class T, Mode kMode>
+void forward_runs(T* y, const T* x, const T* residual, const Coefs<acc_t<T>>& c,
+                  const ActRuns<acc_t<T>>& act, const Runs& runs, bool past_cache) {
+  if (runs.n < kShortRun && act.identity()) {
+    return forward_at_once<T, kMode, false>(y, x, residual, c, runs);
+  }
+  if (runs.n < kShortRun && act.relu()) {
+    return forward_at_once<T, kMode, true>(y, x, residual, c, runs);
+  }
+  for (int64_t r = 0; r < runs.count; ++r) {
+    const int64_t at = r * runs.stride;
+    forward_run<T, kMode>(y + at, x + at, residual ? residual + at : nullptr, c, act, runs.n,
+                          past_cache);
+  }
+}
+
 // dz, the gradient before the activation, and xhat. Past n dz is 0.
 template <class T, Mode kMode>
 __attribute__((noinline)) void gradient(acc_t<T>* dz, acc_t<T>* xhat, const T* dy, const T* x,
@@ -221,11 +271,6 @@ __attribute__((noinline)) void gradient(acc_t<T>* dz, acc_t<T>* xhat, const T* d
   act.backward(act.functor, dz, z, n);
 }
 
-// Runs of one kind, `stride` apart.
-struct Runs {
-  int64_t count, stride, n;
-};
-
 // What the sums of dz and of dz xhat go to: `totals` with kOne, else arrays by position.
 template <class A>
 struct Added {
@@ -241,13 +286,20 @@ __attribute__((noinline)) void sums_at_once(T* stored, const T* dy, const T* x, 
   constexpr int64_t kWidth = Lanes<T>::count, kFlush = 128;
   V first = splat<V>(0), second = splat<V>(0);
   int64_t since = 0;
+  const bool brief = runs.n < kShortRun;
   for (int64_t r = 0; r < runs.count; ++r) {
+    if (brief) {
+      fetch_run(x, runs, r);
+      fetch_run(dy, runs, r);
+    }
     for (int64_t i = 0; i < runs.n; i += kWidth) {
       const int64_t count = runs.n - i < kWidth ? runs.n - i : kWidth;
       const int64_t from = r * runs.stride + i;
       const At<V, kMode, acc_t<T>> at{c, i};
-      prefetch(x + from + kPrefetchBytes / sizeof(T));
-      prefetch(dy + from + kPrefetchBytes / sizeof(T));
+      if (!brief) {
+        prefetch(x + from + kPrefetchBytes / sizeof(T));
+        prefetch(dy + from + kPrefetchBytes / sizeof(T));
+      }
       const V d = at.centred(load_some(x + from, count));
       V dz = load_some(dy + from, count);
       if constexpr (kRelu) {
@@ -352,6 +404,39 @@ void dx_run(T* dx, const T* dy, const T* x, const T* residual, const Coefs<acc_t
     finish_dx<T, kMode>(dz, xhat, here, count);
     put_all(dx + i, dz, count, past);
   });
+}
+
+template <class T, Mode kMode, bool kRelu>
+__attribute__((noinline)) void dx_at_once(T* dx, const T* dy, const T* x, const Coefs<acc_t<T>>& c,
+                                          const Runs& runs) {
+  using V = typename Lanes<T>::type;
+  constexpr int64_t kWidth = Lanes<T>::count;
+  const NormBackward<acc_t<T>, kMode, kRelu> f{c};
+  for (int64_t r = 0; r < runs.count; ++r) {
+    fetch_run(x, runs, r);
+    fetch_run(dy, runs, r);
+    for (int64_t i = 0; i < runs.n; i += kWidth) {
+      const int64_t count = runs.n - i < kWidth ? runs.n - i : kWidth, at = r * runs.stride + i;
+      const V in[2] = {load_some(dy + at, count), load_some(x + at, count)};
+      V out[1];
+      f(in, out, i);
+      store_some(dx + at, out[0], count);
+    }
+  }
+}
+
+template <class T, Mode kMode>
+void dx_runs(T* dx, const T* dy, const T* x, const T* residual, const Coefs<acc_t<T>>& c,
+             const ActRuns<acc_t<T>>& act, const Runs& runs, bool past_cache) {
+  if (runs.n < kShortRun && act.identity()) return dx_at_once<T, kMode, false>(dx, dy, x, c, runs);
+  if (runs.n < kShortRun && act.relu() && !residual) {
+    return dx_at_once<T, kMode, true>(dx, dy, x, c, runs);
+  }
+  for (int64_t r = 0; r < runs.count; ++r) {
+    const int64_t at = r * runs.stride;
+    dx_run<T, kMode>(dx + at, dy + at, x + at, residual ? residual + at : nullptr, c, act, runs.n,
+                     past_cache);
+  }
 }
 
 }  // namespace PYDL_ISA
