@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The largest call, in elements of its tensors together, that an interpreted backend is given.
 _MOST = {"triton": 4500, "cuda": 1_000_000}
-# Families of many samples, each of several kernels: how much of it, and one sample in how many.
+# Families whose samples are many kernels: how much of it.
 _SHARE = {("triton", "batch_norm"): 0.2, ("cuda", "attention"): 0.05}
-_EVERY = {("triton", "batch_norm"): 3}
+# The interpreter takes most of a run's time: each dtype gets the samples that the others do not.
+_THIRDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def real_cuda() -> bool:
@@ -94,9 +95,13 @@ def cases(
     if kind(backend) == backend:
         return drawn, 0, 0
     most = int(_MOST[backend] * share * _SHARE.get((backend, op.family), 1.0))
-    kept = [case for case in drawn if elements(case) <= most]
-    kept = kept[:: _EVERY.get((backend, op.family), 1)]
+    kept = thinned([case for case in drawn if elements(case) <= most], backend, dtype)
     return kept, len(drawn) - len(kept), most
+
+
+def thinned(found: list[Case], backend: str, dtype: torch.dtype) -> list[Case]:
+    """A third of the samples for an interpreted backend, another one for each dtype."""
+    return found[_THIRDS[dtype] :: 3] if kind(backend) == "triton, interpreted" else found
 
 
 def affordable(backend: str, most: int) -> int:

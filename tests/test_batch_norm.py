@@ -67,6 +67,8 @@ def test_many_samples(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_odd_channels_innermost(channels: int, dtype: torch.dtype, backend: str) -> None:
     """Rows that start at odd addresses, forward and backward, each op and memory format."""
+    if harness.kind(backend) == "triton, interpreted" and channels not in (3, 33):
+        pytest.skip("3 and 33 channels are enough for the interpreter")
     make = Make(dtype, harness.device(backend), f"odd {channels}")
     x = make(3, channels, 5, 2, layout="channels_last")
     weights, complaints = (make(channels), make(channels)), []

@@ -68,7 +68,7 @@ def _penalty(function: Callable, case: Case) -> list[torch.Tensor]:
 def test_gradient_penalty(op: Op, dtype: torch.dtype, backend: str) -> None:
     """A loss on the norm of a gradient trains as it does with torch."""
     complaints = []
-    for case in op.cases(dtype, harness.device(backend)):
+    for case in harness.thinned(op.cases(dtype, harness.device(backend)), backend, dtype):
         if (
             case.args[0].dim() < 2
             or not harness.moderate(case, harness.affordable(backend, 3000))
@@ -232,7 +232,8 @@ def test_inplace_double_backward(inplace_op: Op, backend: str) -> None:
 def test_needs_input_grad(op: Op, backend: str) -> None:
     """Each tensor alone can require grad: it gets the same gradient, and the others none."""
     complaints = []
-    for case in op.cases(torch.float32, harness.device(backend)):
+    drawn = op.cases(torch.float32, harness.device(backend))
+    for case in harness.thinned(drawn, backend, torch.float32):
         if not harness.moderate(case, harness.affordable(backend, 6000)) or len(case.tensors()) < 2:
             continue
         everything = harness.run(harness.on(op, backend), case, torch.float32)
