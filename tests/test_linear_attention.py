@@ -124,10 +124,10 @@ def test_gradients_of_everything(
     length: int, dtype: torch.dtype, causal: bool, kernels: str
 ) -> None:
     """State and decay, as inputs and outputs, and all gradients pass the judge."""
-    interpreted = harness.kind(kernels) == "triton, interpreted"
-    if interpreted and length not in (5, 200):
+    # 300 is long enough for two pieces of a sequence on a GPU.
+    few = length == 5 or (length == 300 and dtype == torch.float32)
+    if harness.kind(kernels) == "triton, interpreted" and not few:
         pytest.skip("too slow in the interpreter")
-    # Long enough for two pieces of a sequence, on a GPU.
     lengths = (length, length if causal else length // 2 + 1)
     call = Call(lengths, dtype=dtype, causal=causal, device=harness.device(kernels))
     got, native = call.gradients(backend=kernels), call.gradients(backend="torch")
@@ -141,6 +141,8 @@ def test_gradients_of_everything(
 @pytest.mark.parametrize("causal", [False, True])
 def test_wide_heads(causal: bool, width: int, kernels: str) -> None:
     """Heads of every width that kernels are compiled for, and values of another."""
+    if harness.kind(kernels) == "triton, interpreted" and width != 100:
+        pytest.skip("too slow in the interpreter")
     dtype = torch.float32
     call = Call(
         (70, 70), heads=(2, 1), width=width, values=width // 2 + 3, causal=causal, dtype=dtype,
@@ -155,6 +157,8 @@ def test_wide_heads(causal: bool, width: int, kernels: str) -> None:
 
 def test_blocks_in_any_order(kernels: str) -> None:
     """The same bits, however blocks and threads follow each other."""
+    if harness.kind(kernels) == "triton, interpreted":
+        pytest.skip("the interpreter has one order")
     call = Call((300, 300), dtype=torch.float32, device=harness.device(kernels))
     results = []
     for seed in (1, 2):
