@@ -16,6 +16,7 @@ from pydl.kernels import (
     bias_act,
     gated_act,
     layer_norm,
+    linear_attention,
 )
 from torch import Tensor
 
@@ -65,7 +66,10 @@ def register() -> None:
         return
     _library = torch.library.Library("pydl_triton", "DEF")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    for module in (activation, add_norm, attention, batch_norm, bias_act, gated_act, layer_norm):
+    for module in (
+        activation, add_norm, attention, batch_norm, bias_act, gated_act, layer_norm,
+        linear_attention,
+    ):  # fmt: skip
         for name, function in module.EXPORTS.items():
             schema = next(
                 s for backend, known, s, _ in C.entries() if (backend, known) == ("cpu", name)

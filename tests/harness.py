@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # The largest call, in elements of its tensors together, that an interpreted backend is given.
 _MOST = {"triton": 4500, "cuda": 1_000_000}
 # Families whose samples are many kernels: how much of it.
-_SHARE = {("triton", "batch_norm"): 0.2, ("cuda", "attention"): 0.05}
+_SHARE = {
+    ("triton", "batch_norm"): 0.2, ("triton", "linear_attention"): 0.7, ("cuda", "attention"): 0.05,
+}  # fmt: skip
 # The interpreter takes most of a run's time: each dtype gets the samples that the others do not.
 _THIRDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 

@@ -3,10 +3,12 @@ registers' worth of bytes per access where the data is aligned, and no spills.""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,67 @@ def _attention(label: str, dtype: str, capability: int) -> tuple[dict, dict, dic
     return signature, {k: v for k, v in constants.items() if k in signature}, options
 
 
+# Linear attention's: label -> (module, kernel, padded width, what its Form has on).
+_EVERY_FORM = {
+    "DECAY": True, "HIDDEN": True, "BEGIN": True, "PIECES": True, "END": True, "LOGS": True,
+}  # fmt: skip
+LINEAR = {
+    "output 64": ("linear_attention_mix", "mix", 64, {"ROLE": 0}),
+    "dq everything": ("linear_attention_mix", "mix", 32, {"ROLE": 1, **_EVERY_FORM}),
+    "dk 64": ("linear_attention_mix", "mix", 64, {"ROLE": 2, "GROUPED": True}),
+    "totals 64": ("linear_attention_state", "totals", 64, {"ROLE": 3, "DECAY": True}),
+    "scan": ("linear_attention_state", "scan", 64, {}),
+    "powers": ("linear_attention_state", "powers", 64, {}),
+    "rho": ("linear_attention", "rho", 64, {}),
+    "decay": ("linear_attention", "decay", 64, {}),
+}
+
+
+def _linear(label: str, dtype: str, capability: int) -> tuple[dict, dict, dict]:
+    """The same as `_attention` gives."""
+    from pydl.kernels import linear_attention_call as call
+
+    module, kernel, width, on = LINEAR[label]
+    form = {"ROLE": 0, "CAUSAL": True, "NORMALIZE": True, "FEATURE": 1, "DECAY": False,
+            "HIDDEN": False, **on}  # fmt: skip
+    size, logs = 4 if dtype == "fp32" else 2, form.get("LOGS", False)
+    tile = call.shape(width, width, size, capability // 10, logs)
+    if kernel == "totals":
+        tile = call.totals_shape(width, width, size)
+    constants = {"FORM": ["linear_attention_call.Form", *call.Form(**form)], **tile}
+    own: dict = {
+        "scan": {"BACK": True, "BEGIN": True, "END": True, "DECAY": True, "BLOCK": 128},
+        "powers": {"COUNT": 65, "BLOCK": 128},
+        "rho": {"BLOCK": 64, "VALUES": 64},
+        "decay": {"BLOCK": 256},
+    }
+    options = {n: constants.pop(n) for n in ("num_warps", "num_stages")}
+    options = {"num_warps": 4} if kernel in own else options
+    constants = own.get(kernel, constants)
+    rows = ["Rows", f"*{dtype}", "i32", "i32", "i32"]
+    states = ["linear_attention_call.States", "*fp32", "*fp32", "i32", "i32"]
+    kinds = {
+        "inputs": [
+            "linear_attention_call.Inputs",
+            *[rows] * 4,
+            *["*fp32"] * 3,
+            "*u8",
+            "i32",
+            "i32",
+        ],
+        **dict.fromkeys(("y", "dout", "out"), rows),
+        **dict.fromkeys(("begin", "end", "cut"), states),
+        **dict.fromkeys(("raw", "factor", "rho", "decay", "ddecay", "powers"), "*fp32"),
+        **dict.fromkeys(("scale", "eps"), "fp32"),
+        "logs": "*fp64",
+    }
+    signature = {
+        a: "constexpr" if a in constants else kinds.get(a, "i32")
+        for a in _arguments(module, f"{kernel}_kernel")
+    }
+    return signature, constants, options
+
+
 # Run in a process of its own: the interpreter, which other tests use, replaces the compiler.
 _SCRIPT = """
 import importlib, json, sys
@@ -217,7 +280,11 @@ call = importlib.import_module("pydl.kernels.attention_call")
 
 
 def made_of(x):
-    return getattr(call, x[0])(*map(made_of, x[1:])) if isinstance(x, list) else x
+    if not isinstance(x, list):
+        return x
+    module, _, name = x[0].rpartition(".")
+    module = importlib.import_module("pydl.kernels." + (module or "attention_call"))
+    return getattr(module, name)(*map(made_of, x[1:]))
 
 
 def pointers(kind, path):
@@ -293,24 +360,17 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int
                         {"num_warps": 4},
                     )
                 )
-    for label, (module, kernel, *_) in ATTENTION.items():
-        for dtype in ("fp32", "bf16"):
-            for capability in CAPABILITIES:
-                out = folder / f"attention_{label.replace(' ', '_')}.{dtype}.{capability}.cubin"
-                made[f"attention {label}", dtype, capability] = out
-                signature, given, options = _attention(label, dtype, capability)
-                jobs.append(
-                    (
-                        label,
-                        module,
-                        f"{kernel}_kernel",
-                        signature,
-                        given,
-                        capability,
-                        str(out),
-                        options,
-                    )
-                )
+    families: list[tuple[str, dict, Callable]] = [
+        ("attention", ATTENTION, _attention), ("linear_attention", LINEAR, _linear),
+    ]  # fmt: skip
+    for family, labels, given_by in families:
+        for label, (module, kernel, *_) in labels.items():
+            for dtype, capability in itertools.product(("fp32", "bf16"), CAPABILITIES):
+                out = folder / f"{family}_{label.replace(' ', '_')}.{dtype}.{capability}.cubin"
+                made[f"{family} {label}", dtype, capability] = out
+                signature, given, options = given_by(label, dtype, capability)
+                name = f"{kernel}_kernel"
+                jobs.append((label, module, name, signature, given, capability, str(out), options))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT],
