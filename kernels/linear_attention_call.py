@@ -209,6 +209,8 @@ def shape(depth: int, columns: int, size: int, major: int, logs: bool) -> dict[s
     with and without decay's gradient: as large as the registers allow."""
     if size == 4:
         chunk, part, tile, warps = 16, 16, 32, 8
+    elif depth <= 32:
+        chunk, part, tile, warps = 32, 32, 32, 4
     elif major >= 10:
         chunk, part, tile, warps = 64, 64, 32 if depth <= 128 else 16, 4
     elif depth <= 64:
