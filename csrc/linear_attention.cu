@@ -61,7 +61,8 @@ struct LinearCall {
   template <int kDepth>
   void launch_at(Mix<A> m) const {
     using S = MixShape<T, kDepth>;
-    m.tiles = (m.x.columns() + S::kTile - 1) / S::kTile;
+    // One where there are no columns: sums and factors are there still.
+    m.tiles = m.x.columns() > S::kTile ? (m.x.columns() + S::kTile - 1) / S::kTile : 1;
     // Where no state is carried along, rows are cut to fill the device.
     if (!m.causal && !m.only_state) m.pieces = (m.rows + 4 * kPieceRows - 1) / (4 * kPieceRows);
     const int64_t units = m.batch * (m.member < 0 ? m.heads : m.kv_heads);
@@ -71,8 +72,8 @@ struct LinearCall {
     }
     if (blocks == 0) return;
     const auto kernel = &linear_mix_kernel<T, kDepth>;
-    PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreadsOfBlock), S::kShared,
-                stream, m);
+    PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreadsOfBlock),
+                S::shared(m.logs != nullptr), stream, m);
   }
   void launch(const Mix<A>& m) const {
     const int64_t depth = m.by_values ? a.value_width : a.width;
@@ -187,7 +188,7 @@ void linear_attention_fwd(Stream stream, Out out, Out factor, Out state_out, Out
 
 // pieces: as above, once for states and once for what flows to them; numbers: in the accumulation
 // type, one a row of queries, and (keys, width + value width) a head of keys where it serves many;
-// logs: float64, for ddecay, two a block. All to be written over.
+// logs: float64, for ddecay, one a block of dquery's. All to be written over.
 void linear_attention_bwd(Stream stream, Out dquery, Out dkey, Out dvalue, Out ddecay, Out dstate,
                           Out dsum, Out pieces, Out numbers, Out logs, View dout, Maybe dstate_out,
                           Maybe dsum_out, View out, View factor, View state_out, View sum_out,
@@ -246,12 +247,13 @@ void linear_attention_bwd(Stream stream, Out dquery, Out dkey, Out dvalue, Out d
     double* log = nullptr;
     int64_t parts = 0;
     if (g.ddecay) {
-      // Blocks of dquery's pass, and of dkey's: alike.
+      // The blocks of dquery's pass.
       constexpr int64_t kTile = sizeof(A) == 8 ? 32 : 64;
       const int64_t tile = a.value_width > 128 ? 32 : kTile;
       parts = a.batch * call.pieces * ((a.width + tile - 1) / tile);
-      if (logs.dtype != DType::f64 || logs.numel < 2 * a.heads * parts) {
-        fail("%s: wants %lld logs", kOp, static_cast<long long>(2 * a.heads * parts));
+      parts = parts > 0 ? parts : a.batch * call.pieces;
+      if (logs.dtype != DType::f64 || logs.numel < a.heads * parts) {
+        fail("%s: wants %lld logs", kOp, static_cast<long long>(a.heads * parts));
       }
       log = static_cast<double*>(logs.data);
     }
@@ -267,6 +269,8 @@ void linear_attention_bwd(Stream stream, Out dquery, Out dkey, Out dvalue, Out d
     dq.logs = log;
     if (a.causal) {
       call.carry(dq, states, begin, {});
+      dq.flow = call.pieces > 1 ? flows : gained;
+      dq.flow_of_piece = call.pieces > 1;
     } else {
       dq.begin = call.whole(g.state_out, g.sum_out);
     }
@@ -280,7 +284,6 @@ void linear_attention_bwd(Stream stream, Out dquery, Out dkey, Out dvalue, Out d
     dk.y = g.dk;
     dk.wide_y = rows_wide<T>(g.dk);
     dk.like = a.k;
-    dk.logs = log ? log + a.heads * parts : nullptr;
     dk.raw = raw_k;
     auto dv = call.mix(k, q, du, Extra::none, a.keys);
     dv.y = g.dv;
@@ -302,18 +305,7 @@ void linear_attention_bwd(Stream stream, Out dquery, Out dkey, Out dvalue, Out d
       }
     }
     if (log) {
-      const DecayGradient<A> d{log,
-                               parts,
-                               a.batch,
-                               a.heads,
-                               a.queries,
-                               a.width * a.value_width,
-                               a.width,
-                               static_cast<const A*>(g.state_out),
-                               static_cast<const A*>(g.sum_out),
-                               static_cast<const A*>(g.dstate_out),
-                               static_cast<const A*>(g.dsum_out),
-                               static_cast<const A*>(a.decay),
+      const DecayGradient<A> d{log, parts, static_cast<const A*>(a.decay),
                                static_cast<A*>(g.ddecay)};
       const auto kernel = &linear_decay_kernel<A>;
       PYDL_LAUNCH(kernel, dim3(static_cast<unsigned>(a.heads)), dim3(kThreads), 0, stream, d);

@@ -62,7 +62,12 @@ struct Mix {
   A scale, eps;
   A* raw;  // (batch, kv heads, rows, columns): y of a key head's heads so far
   bool first, last;
-  double* logs;  // a block's part of the gradient by decay's logarithm
+  // With logs the state's derivative by decay's logarithm, from the piece's beginning on, is
+  // carried along: a block's part of the gradient is what that adds to y, times the features y
+  // belongs to, and what flows to the piece's last state times that state's derivative.
+  double* logs;
+  States<A> flow;
+  bool flow_of_piece;
 
   PYDL_HD int64_t group() const { return heads / kv_heads; }
   PYDL_HD bool hides(int64_t b_, int64_t j) const {
@@ -100,8 +105,10 @@ struct MixShape {
   static constexpr int kSide = kChunk * (kDepth + 4), kX = kChunk * (kTile + 4),
                        kState = kDepth * (kTile + 4), kScores = kChunk * (kChunk + 4);
   static constexpr int kNumbers = kDepth + kTile + 3 * kChunk + 4;
-  static constexpr int kShared =
-      (2 * kSide + kX + kState + kScores + kNumbers) * static_cast<int>(sizeof(A));
+  static constexpr int shared(bool logs) {
+    return (2 * kSide + kX + kState + kScores + kNumbers + (logs ? kState + kTile : 0)) *
+           static_cast<int>(sizeof(A));
+  }
 };
 
 template <class A>
@@ -226,6 +233,10 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
   A* const more_left = of_columns + kTile;
   A* const more_right = more_left + kChunk;
   A* const up = more_right + kChunk;  // decay^0 to decay^kChunk
+  // Derivatives of the state, and of its row, by decay's logarithm.
+  const Rows32<A, kTile> slopes{of_rows + S::kNumbers};
+  A* const of_slopes = slopes.data + S::kState;
+  const bool logs = m.logs != nullptr;
 
   const int tile = static_cast<int>(blockIdx.x % m.tiles);
   const int64_t rest = blockIdx.x / m.tiles, piece = rest % m.pieces, unit = rest / m.pieces;
@@ -265,6 +276,7 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
     for (int k = thread; k < kTile; k += kBlock) {
       of_columns[k] = sum && m.extra == Extra::row && k < columns ? sum[column0 + k] : A(0);
     }
+    for (int k = thread; logs && k < S::kState + kTile; k += kBlock) slopes.data[k] = 0;
   }
   double log = 0;
 
@@ -291,19 +303,31 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
     const auto kept = [&](int j) { return j >= n ? A(0) : m.reverse ? up[j + 1] : up[n - 1 - j]; };
 
     if (!m.only_state) {
-      A y[kTiles][4], total[2] = {0, 0};
+      A y[kTiles][4], slope_of_y[kTiles][4], total[2] = {0, 0};
       empty(y);
+      empty(slope_of_y);
       multiply_rows<T, false, kTiles>(
           y, 0, padded, 0, tiles_used, l, [&](int i, int k) { return left.at(row0 + i, k); },
           [&](int k, int c) { return state.at(k, c); });
+      if (logs) {
+        multiply_rows<T, false, kTiles>(
+            slope_of_y, 0, padded, 0, tiles_used, l,
+            [&](int i, int k) { return left.at(row0 + i, k); },
+            [&](int k, int c) { return slopes.at(k, c); });
+      }
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int i = row0 + l.g + 8 * (r / 2);
         const A by = m.causal && decays ? seen(i) : A(1);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          if (m.extra == Extra::row) y[j][r] += more_left[i] * of_columns[8 * j + 2 * l.t + r % 2];
+          const int c = 8 * j + 2 * l.t + r % 2;
+          if (m.extra == Extra::row) y[j][r] += more_left[i] * of_columns[c];
           y[j][r] *= by;
+          if (logs) {
+            const A more = m.extra == Extra::row ? more_left[i] * of_slopes[c] : A(0);
+            slope_of_y[j][r] = (slope_of_y[j][r] + more) * by + static_cast<A>(i + 1) * y[j][r];
+          }
         }
       }
       if (m.extra == Extra::column) {
@@ -320,9 +344,14 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
         const int to = m.reverse ? kScored : row0 / 8 + kRowsOfWarp / 8;
         A s[kScored][4];
         empty(s);
-        multiply_rows<T, false, kScored>(
-            s, 0, padded, from, to, l, [&](int i, int k) { return left.at(row0 + i, k); },
-            [&](int k, int c) { return right.at(c, k); });
+        const auto of_left = [&](int i, int k) { return left.at(row0 + i, k); };
+        const auto of_right = [&](int k, int c) { return right.at(c, k); };
+        if (m.extra == Extra::column) {
+          // Their sums go into the factors, which states' gradients are made of.
+          multiply_rows<T, true, kScored>(s, 0, padded, from, to, l, of_left, of_right);
+        } else {
+          multiply_rows<T, false, kScored>(s, 0, padded, from, to, l, of_left, of_right);
+        }
 #pragma unroll
         for (int j = 0; j < kScored; ++j) {
           if (j < from || j >= to) continue;
@@ -346,6 +375,12 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
             y, 8 * from, 8 * to, 0, tiles_used, l,
             [&](int i, int k) { return scores.at(row0 + i, k); },
             [&](int k, int c) { return x.at(k, c); });
+        if (logs) {
+          multiply_rows<T, false, kTiles>(
+              slope_of_y, 8 * from, 8 * to, 0, tiles_used, l,
+              [&](int i, int k) { return scores.at(row0 + i, k) * static_cast<A>(row0 + i - k); },
+              [&](int k, int c) { return x.at(k, c); });
+        }
       }
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
@@ -388,7 +423,10 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
                   static_cast<const T*>(m.like.data)[m.like.at(b, head, at, column0 + c + k)]));
               const Featured<A> f = featured<T>(m.feature, value);
               slope = f.slope;
-              if (m.logs) log += static_cast<double>(at + 1) * (f.value * one);
+              if (logs) {
+                log +=
+                    static_cast<double>(f.value) * static_cast<double>(slope_of_y[j][2 * side + k]);
+              }
             }
             if (raw && c + k < columns) {
               if (!m.first) one += raw[c + k];
@@ -401,8 +439,28 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
       }
     }
     __syncthreads();
-    if (updates && (m.end.state || m.end.sum || step + 1 < chunks)) {
+    if (updates && (m.end.state || m.end.sum || logs || step + 1 < chunks)) {
       const A keep = decays ? up[n] : A(1);
+      for (int r0 = row0; logs && r0 < padded; r0 += kChunk) {
+        A added[kTiles][4];
+        empty(added);
+        multiply_rows<T, false, kTiles>(
+            added, 0, (n + 7) / 8 * 8, 0, tiles_used, l,
+            [&](int i, int k) {
+              return right.at(k, r0 + i) * (kept(k) * static_cast<A>(n - 1 - k));
+            },
+            [&](int k, int c) { return x.at(k, c); });
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const int row = r0 + l.g + 8 * (r / 2), c = 8 * j + 2 * l.t + r % 2;
+            if (row >= padded) continue;
+            A& one = slopes.at(row, c);
+            one = (one + static_cast<A>(n) * state.at(row, c)) * keep + added[j][r];
+          }
+        }
+      }
       for (int r0 = row0; r0 < padded; r0 += kChunk) {
         A added[kTiles][4];
         empty(added);
@@ -429,8 +487,15 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
         }
       } else if (m.extra == Extra::row) {
         for (int c = thread; c < columns; c += kBlock) {
-          A added = 0;
-          for (int k = 0; k < n; ++k) added += x.at(k, c) * (more_right[k] * kept(k));
+          A added = 0, slope = 0;
+          for (int k = 0; k < n; ++k) {
+            const A one = x.at(k, c) * (more_right[k] * kept(k));
+            added += one;
+            slope += one * static_cast<A>(n - 1 - k);
+          }
+          if (logs) {
+            of_slopes[c] = (of_slopes[c] + static_cast<A>(n) * of_columns[c]) * keep + slope;
+          }
           of_columns[c] = of_columns[c] * keep + added;
         }
       }
@@ -457,7 +522,24 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
       for (int k = thread; k < columns; k += kBlock) to[column0 + k] = of_columns[k];
     }
   }
-  if (m.logs) {
+  if (logs) {
+    const int64_t at = m.flow_of_piece ? piece * m.batch * m.heads + number : number;
+    if (m.flow.state) {
+      const A* const from = m.flow.state + at * m.flow.state_step;
+      for (int k = thread; k < depth * kTile; k += kBlock) {
+        const int r = k / kTile, c = k % kTile;
+        if (c >= columns) continue;
+        const A one =
+            from[m.by_values ? (column0 + c) * m.value_width + r : r * m.value_width + column0 + c];
+        log += static_cast<double>(one) * static_cast<double>(slopes.at(r, c));
+      }
+    }
+    if (m.flow.sum) {
+      const A* const from = m.flow.sum + at * m.flow.sum_step + column0;
+      for (int k = thread; k < columns; k += kBlock) {
+        log += static_cast<double>(from[k]) * static_cast<double>(of_slopes[k]);
+      }
+    }
     // Added up in an order that does not depend on who comes first.
     double* const sums = reinterpret_cast<double*>(memory);
     __syncthreads();
@@ -537,13 +619,12 @@ __global__ void __launch_bounds__(kThreads) linear_rho_kernel(Rho<T> r) {
   if (threadIdx.x % kLanesOfWarp == 0) r.rho[at] = sum;
 }
 
-// The gradient by decay of a head: with every score's age its derivative by decay's logarithm, sums
-// of (i + 1) f_i df_i less (j + 1) g_j dg_j, and of all rows times what the last state gets.
+// The gradient by decay of a head, from that by its logarithm in parts.
 template <class A>
 struct DecayGradient {
-  const double* logs;  // (2, heads, parts)
-  int64_t parts, batch, heads, rows, size, sums;
-  const A *state, *sum, *dstate, *dsum, *decay;
+  const double* logs;  // (heads, parts)
+  int64_t parts;
+  const A* decay;
   A* ddecay;
 };
 template <class A>
@@ -551,20 +632,8 @@ __global__ void __launch_bounds__(kThreads) linear_decay_kernel(DecayGradient<A>
   __shared__ double partial[kThreads];
   const int64_t h = blockIdx.x;
   double sum = 0;
-  const double* const gained = d.logs + h * d.parts;
-  const double* const lost = d.logs + (d.heads + h) * d.parts;
-  for (int64_t k = threadIdx.x; k < d.parts; k += kThreads) sum += gained[k] - lost[k];
-  double last = 0;
-  for (int64_t b = 0; b < d.batch; ++b) {
-    const int64_t unit = b * d.heads + h;
-    for (int64_t k = threadIdx.x; d.dstate && k < d.size; k += kThreads) {
-      last += static_cast<double>(d.state[unit * d.size + k]) * d.dstate[unit * d.size + k];
-    }
-    for (int64_t k = threadIdx.x; d.dsum && k < d.sums; k += kThreads) {
-      last += static_cast<double>(d.sum[unit * d.sums + k]) * d.dsum[unit * d.sums + k];
-    }
-  }
-  partial[threadIdx.x] = sum + static_cast<double>(d.rows) * last;
+  for (int64_t k = threadIdx.x; k < d.parts; k += kThreads) sum += d.logs[h * d.parts + k];
+  partial[threadIdx.x] = sum;
   __syncthreads();
   for (int half = kThreads / 2; half > 0; half /= 2) {
     if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];

@@ -119,7 +119,8 @@ def linear_attention(
     Returns:
         (B, H, L, Dv) in the query's dtype, contiguous; with `return_state` a pair of it and `(S,
         z)`. All sums are taken in fp32 (fp64 for fp64). Saves its arguments, its results and a
-        number a row. Derivatives beyond the first come from the chunked form in plain PyTorch.
+        number a row. The gradients by z and by decay go through the divisor, and so by the output
+        as it was rounded. Derivatives beyond the first come from the chunked form in plain PyTorch.
 
     Raises:
         ValueError: `feature_map` or `decay` is none of the above.

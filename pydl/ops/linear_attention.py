@@ -218,7 +218,8 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
         if count > 1:
             pieces = _room(q, 2 * count * (state_out.numel() + total_out.numel()))
         if needs[3]:
-            logs = _room(q, 2 * q.shape[0] * q.shape[1] * count * -(-q.shape[3] // 32), logs.dtype)
+            blocks = q.shape[0] * q.shape[1] * count * max(1, -(-q.shape[3] // 32))
+            logs = _room(q, 2 * blocks, logs.dtype)
     kernel(backend, "linear_attention_bwd")(
         dq, dk, dv, ddecay, dstate, dtotal, pieces, numbers, logs, dout, _dense(dstate_out),
         _dense(dtotal_out), out, factor, state_out, total_out, rows(q), rows(k), rows(v),
