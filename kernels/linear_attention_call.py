@@ -214,7 +214,7 @@ def shape(depth: int, columns: int, size: int, major: int, logs: bool) -> dict[s
     elif major >= 10:
         chunk, part, tile, warps = 64, 64, 32 if depth <= 128 else 16, 4
     elif depth <= 64:
-        chunk, part, tile, warps = (64, 64, 32, 4) if major == 9 else (32, 32, 64, 4)
+        chunk, part, tile, warps = (16, 64, 32, 4) if major == 9 else (32, 32, 64, 4)
     else:
         chunk, part, tile, warps = (16, 64, 32, 4) if depth <= 128 else (16, 64, 16, 8)
     if logs:

@@ -157,6 +157,10 @@ def mix_kernel(
                 )  # fmt: skip
                 right = operand(other, EXACT_B, T)
                 scores += product(left, tl.trans(right), T)
+                if FORM.ROLE == 0 and not EXACT_A and not T.is_fp32():
+                    # Their sums go into the factors, which states' gradients are made of: to fp32.
+                    scores += product(nearest(one - left, T), tl.trans(right), T)
+                    scores += product(left, tl.trans(nearest(other - right, T)), T)
                 after = grown(states[d], other, x, kept, keep, FORM, EXACT_B, EXACT_X, False, T)
                 states_after = extended(states_after, after)
                 if FORM.ROLE == 0:
