@@ -17,6 +17,7 @@ from pydl.kernels import (
     gated_act,
     layer_norm,
     linear_attention,
+    score,
 )
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def register() -> None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for module in (
         activation, add_norm, attention, batch_norm, bias_act, gated_act, layer_norm,
-        linear_attention,
+        linear_attention, score,
     ):  # fmt: skip
         for name, function in module.EXPORTS.items():
             schema = next(

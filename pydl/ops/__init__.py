@@ -9,4 +9,5 @@ from pydl.ops import (  # noqa: F401
     gated_act,
     layer_norm_rows,
     linear_attention_rows,
+    score_attention_rows,
 )

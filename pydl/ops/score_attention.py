@@ -1,14 +1,17 @@
 """Attention whose score is no dot product: additive (Bahdanau) and Gaussian (Nadaraya-Watson).
 
-Both are chunked PyTorch: a few queries at a time meet all keys, and the backward pass meets them
-again, so that what is as large as queries times keys times width is never stored.
+The softmax and the products with values are PyTorch's, the scores and their gradients those of
+`score.py`: a few queries at a time meet all keys, and the backward pass meets them again, so that
+neither what is as large as queries times keys, where that is large, nor that times the width is
+ever stored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,42 +21,11 @@ from pydl import autograd
 from pydl.autograd import Rule, wide
 from pydl.backends import choose
 from pydl.ops.bias_act import lowered
+from pydl.ops.score import ADDITIVE, GAUSSIAN, Score, gradients, prepared, scores
 
-# What one chunk of queries may make of (batch, queries, keys, width): 4 MiB in fp32.
+# What one chunk of queries may make: of (batch, queries, keys, width) in PyTorch, of (batch,
+# queries, keys) by kernels. 4 MiB in fp32.
 CHUNK = 1 << 20
-
-
-class Score(NamedTuple):
-    """A score of queries (B, L, 1, H) and keys (B, 1, S, H) with weights (H,).
-
-    Attributes:
-        meet: `(q, k) -> t` of (B, L, S, H).
-        total: `(t, w) -> scores` of (B, L, S).
-        apart: `(t, w, ds) -> (dt, dw)`: for gradients ds (B, L, S) of the scores those of q, before
-            the sum over keys, and of w; may write over t.
-        sign: What the gradient of k is of that of q.
-    """
-
-    meet: Callable[[Tensor, Tensor], Tensor]
-    total: Callable[[Tensor, Tensor], Tensor]
-    apart: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    sign: int
-
-
-def _additive_apart(t: Tensor, w: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
-    dw = ds.reshape(-1) @ t.reshape(-1, t.shape[-1])
-    return t.square_().neg_().add_(1).mul_(w).mul_(ds[..., None]), dw
-
-
-def _gaussian_apart(t: Tensor, w: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
-    dw = ds.reshape(-1) @ t.square().reshape(-1, t.shape[-1])
-    return t.mul_(w).mul_(w).mul_(ds[..., None]).neg_(), -dw * w
-
-
-ADDITIVE = Score(lambda q, k: torch.tanh_(q + k), lambda t, w: t @ w, _additive_apart, 1)
-GAUSSIAN = Score(
-    lambda q, k: q - k, lambda t, w: (t * w).square_().sum(-1) * -0.5, _gaussian_apart, -1
-)
 
 
 def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -65,11 +37,22 @@ def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
     return torch.softmax(scores, -1).masked_fill(empty, 0)
 
 
-def _chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
+def _wide(x: Tensor) -> AbstractContextManager:
+    """Where products are taken in the dtype of what they are given, under autocast too."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def _chunks(backend: str, q: Tensor, k: Tensor) -> list[slice]:
     """Slices of the queries such that what they make of the keys is small."""
-    each = max(1, CHUNK // max(1, k.numel()))
-    for start in range(0, q.shape[1], each):
-        yield slice(start, start + each)
+    of_one = k.numel() if backend == "torch" else k.shape[0] * k.shape[1]
+    queries = q.shape[1]
+    if queries * of_one <= CHUNK:
+        return [slice(None)]  # torch.compile's one graph serves all such sizes
+    each = max(1, CHUNK // of_one)
+    return [slice(start, start + each) for start in range(0, queries, each)]
 
 
 def _of(mask: Tensor | None, rows: slice) -> Tensor | None:
@@ -84,29 +67,29 @@ def _rule(name: str, score: Score, definition: Callable[..., Tensor]) -> Rule:
         backend: str, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None
     ) -> Tensor:
         out = v.new_empty(*q.shape[:2], v.shape[2])
-        q, k, v, w = (wide(t) for t in (q, k, v, w))
-        for rows in _chunks(q, k):
-            t = score.meet(q[:, rows, None], k[:, None])
-            out[:, rows] = _weights(score.total(t, w), _of(mask, rows)) @ v
+        (q, k, w), v = prepared(backend, q, k, w), wide(v)
+        for rows in _chunks(backend, q, k):
+            found, _ = scores(backend, score, q[:, rows], k, w)
+            out[:, rows] = _weights(found, _of(mask, rows)) @ v
         return out
 
     def backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
         given, mask = saved[:4], saved[4]
-        q, k, v, w = (wide(t) for t in given)
-        dy = wide(dy)
-        dq, dk, dv, dw = (torch.zeros_like(t) for t in (q, k, v, w))
-        for rows in _chunks(q, k):
-            t = score.meet(q[:, rows, None], k[:, None])
-            p = _weights(score.total(t, w), _of(mask, rows))
-            d = dy[:, rows]
-            dv += p.transpose(1, 2) @ d
-            dp = d @ v.transpose(1, 2)
-            ds = p * (dp - (dp * p).sum(-1, keepdim=True))
-            dt, part = score.apart(t, w, ds)
-            dq[:, rows] = dt.sum(2)
-            dk += dt.sum(1)
-            dw += part
-        dk = dk * score.sign
+        q, k, v, w = given
+        (q, k, w), v, dy = prepared(backend, q, k, w), wide(v), wide(dy)
+        dq, dk, dv, dw = (torch.zeros_like(t, dtype=autograd.wide_dtype(t)) for t in given)
+        with _wide(dy):
+            for rows in _chunks(backend, q, k):
+                found, t = scores(backend, score, q[:, rows], k, w)
+                p = _weights(found, _of(mask, rows))
+                d = dy[:, rows]
+                dv += p.transpose(1, 2) @ d
+                dp = d @ v.transpose(1, 2)
+                ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+                parts = gradients(backend, score, ds, q[:, rows], k, w, t)
+                dq[:, rows] = parts[0]
+                dk += parts[1]
+                dw += parts[2]
         return (*(d.to(t.dtype) for d, t in zip((dq, dk, dv, dw), given, strict=True)), None)
 
     return Rule(name, 5, forward, backward, definition)
@@ -124,21 +107,6 @@ _ADDITIVE = _rule("additive_attention", ADDITIVE, _additive_definition)
 _GAUSSIAN = _rule("gaussian_attention", GAUSSIAN, _gaussian_definition)
 _additive = autograd.make(_ADDITIVE)
 _gaussian = autograd.make(_GAUSSIAN)
-
-
-def _chosen(op: str, backend: str | None, *tensors: Tensor) -> str:
-    """`torch`, the chunked function, or `reference`.
-
-    Raises:
-        RuntimeError: a backend of kernels was asked for; there are none.
-    """
-    chosen = choose(op, backend, *tensors)
-    if chosen not in ("torch", "reference"):
-        raise RuntimeError(
-            f"pydl: {op}: backend {chosen!r} cannot serve this call: it has no kernel for it; "
-            "'torch' (chunked PyTorch) and 'reference' have"
-        )
-    return chosen
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -164,7 +132,8 @@ def _run(
     shape = (*q.shape[:-1], v.shape[-1])
     batch = math.prod(q.shape[:-2])
     args = (*(t.reshape(batch, *t.shape[-2:]) for t in (q, k, v)), w, mask)
-    out = autograd.in_reference(rule, *args) if chosen == "reference" else call(chosen, *args)
+    with _wide(q):
+        out = autograd.in_reference(rule, *args) if chosen == "reference" else call(chosen, *args)
     return out.view(shape)
 
 
@@ -181,8 +150,8 @@ def additive_attention(
 ) -> Tensor:
     """Additive attention, `softmax(w_v . tanh(w_q q + w_k k)) @ values` over the keys.
 
-    Chunked PyTorch for now: a few queries at a time, and again in the backward pass, so that
-    neither stores (..., L, S, H). A second derivative does, by the plain definition.
+    No pass stores (..., L, S, H), nor (..., L, S) where that is large: the backward pass meets a
+    few queries at a time again. A second derivative does store it, by the plain definition.
 
     Args:
         query: (..., L, Eq), any strides and floating dtype.
@@ -192,20 +161,21 @@ def additive_attention(
         w_k: (H, Ek).
         w_v: (H,).
         mask: Of truth values, broadcasts to (..., L, S): False hides a key.
-        backend: "reference" for the plain definition; None or "torch" for the chunked function.
+        backend: Who computes the scores and their gradients, "torch" for chunked PyTorch; see
+            `pydl.backends`.
 
     Returns:
         (..., L, Ev) in the query's dtype, computed in fp32 at least; a row that sees no key is 0.
         All but the mask have gradients. Saves its arguments and their projections.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit, or the backend has no kernel for it.
+        RuntimeError: shapes, dtypes or devices do not fit, or the backend cannot serve the call.
 
     Source: Bahdanau et al. 2014, arXiv 1409.0473.
     """
     op = "additive_attention"
     query, keys, values, w_q, w_k, w_v = lowered(query, keys, values, w_q, w_k, w_v)
-    chosen = _chosen(op, backend, query, keys, values, w_q, w_k, w_v)
+    chosen = choose(op, backend, query, keys, values, w_q, w_k, w_v)
     _check(op, query, keys, values)
     hidden = w_v.shape[0] if w_v.dim() == 1 else -1
     for name, weight, wanted in (
@@ -254,30 +224,31 @@ def gaussian_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Nadaraya-Watson regression by a Gaussian kernel, `softmax(-((q - k) w)^2 / 2) @ values` over
-    the keys.
+    """Nadaraya-Watson regression by a Gaussian kernel, `softmax(-((q - k) w)^2 / 2) @ values`.
 
-    Of vectors the squares are summed. Chunked PyTorch for now, as `additive_attention` is.
+    The softmax is over the keys; of vectors the squares are summed. What is stored is as with
+    `additive_attention`.
 
     Args:
         query: (..., L, E), or (L,) for numbers.
         keys: (..., S, E), or (S,).
         values: (..., S, Ev), or (S,).
         w: One over the width of the kernel: a number, or (E,).
-        backend: "reference" for the plain definition; None or "torch" for the chunked function.
+        backend: Who computes the scores and their gradients, "torch" for chunked PyTorch; see
+            `pydl.backends`.
 
     Returns:
         (..., L, Ev), or (L,), in the query's dtype, computed in fp32 at least. All arguments have
         gradients.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit, or the backend has no kernel for it.
+        RuntimeError: shapes, dtypes or devices do not fit, or the backend cannot serve the call.
 
     Source: Nadaraya 1964, doi 10.1137/1109020; Watson 1964, jstor 25049340.
     """
     op = "gaussian_attention"
     query, keys, values, w = lowered(query, keys, values, w)
-    chosen = _chosen(op, backend, query, keys, values, w)
+    chosen = choose(op, backend, query, keys, values, w)
     numbers = query.dim() == keys.dim() == values.dim() == 1
     if numbers:
         query, keys, values = (t[:, None] for t in (query, keys, values))
