@@ -116,13 +116,10 @@ void forward(const char* op, const Out& y, const Out& sum, const Out* mean, cons
         const T* from = static_cast<const T*>(x.data) + r * n;
         const R* other = static_cast<const R*>(residual.data) + r * n;
         T* const to = static_cast<T*>(y.data) + r * n;
-        Moments<A> m{};
-        if (mean) {
-          m = moments_from(add_row<T, R, false>(row, from, other, dropout, r * n, n), row, n);
-        } else {
-          const double squares = add_row<T, R, true>(row, from, other, dropout, r * n, n);
-          m.variance = squares / static_cast<double>(n);
-        }
+        const double total = mean ? add_row<T, R, false>(row, from, other, dropout, r * n, n)
+                                  : add_row<T, R, true>(row, from, other, dropout, r * n, n);
+        const Moments<A> m =
+            mean ? moments_from(total, row, n) : moments_from_squares(total, row, n);
         const A scale = keep_moments(m, eps, mean, rstd, r);
         const bool ahead = fetches && r + 1 < end;
         const F f{{m, scale, w.data(), b.data()}, ahead ? from + n : nullptr, other + n};

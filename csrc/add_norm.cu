@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads, 1)
                         Weights weight, Weights bias, Dropout given, Norm norm) {
   constexpr int kPack = 16 / sizeof(T);
   using H = Row<R, kRowThreads, kItems, kPack>;
-  __shared__ float shared[2 * kWarp];
+  __shared__ double shared[2 * kWarp];
   const Dropout dropout = given;
   for (int64_t r = static_cast<int64_t>(blockIdx.x) * H::kRowsPerBlock + threadIdx.y; r < norm.rows;
        r += static_cast<int64_t>(gridDim.x) * H::kRowsPerBlock) {
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads, 1)
       }
       store_pack(sum + start + at, row.packs[item]);
     }
-    const auto m = find_moments<kRowThreads>(row, mean, rstd, r, norm, shared);
+    const auto each = [&](const auto& body) { row.each(norm.n, body); };
+    const auto m = find_moments<kRowThreads>(each, mean, rstd, r, norm, shared);
     write_normalised(y + start, row, m, weight, bias, norm.n);
   }
 }
@@ -112,12 +113,12 @@ __global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads)
 // Rows of any length at any address, and fp64: a block a row, the sum written and read again, each
 // element by one thread.
 template <class T, class R>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     add_norm_fwd_any_kernel(T* y, R* sum, acc_t<R>* mean, acc_t<R>* rstd, const T* x,
                             const R* residual, Weights weight, Weights bias, Dropout given,
                             Norm norm) {
   using A = acc_t<R>;
-  __shared__ A shared[2 * kWarp];
+  __shared__ double shared[2 * kWarp];
   const Dropout dropout = given;
   for (int64_t r = blockIdx.x; r < norm.rows; r += gridDim.x) {
     const int64_t start = r * norm.n;

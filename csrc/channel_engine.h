@@ -41,7 +41,10 @@ struct Engine {
   struct Numbers {
     A mean, rest, rstd, weight, bias, k1, left, k2;
     double inverse;
-    Coefs<A> coefs() const { return {&mean, &rest, &rstd, &weight, &bias, &k1, &left, &k2}; }
+    bool pulled = false;  // by the moments' gradients
+    Coefs<A> coefs() const {
+      return {&mean, &rest, &rstd, &weight, &bias, &k1, &left, pulled ? &k2 : nullptr};
+    }
     // For the output alone: one rounding less.
     void fold() {
       rstd = static_cast<A>(inverse * double{weight});
@@ -62,6 +65,7 @@ struct Engine {
       n.k1 = static_cast<A>(k1);
       n.left = static_cast<A>(k1 - double{n.k1});
       n.k2 = static_cast<A>(of_group[1] / count);
+      n.pulled = true;
     }
     return n;
   }
@@ -99,7 +103,7 @@ struct Engine {
   void add_moments(Spread<W>& total, const auto* from, int64_t n, double start) const {
     for (int64_t i = 0; i < n; i += kLong) {
       const int64_t part = n - i < kLong ? n - i : kLong;
-      const Moments<A> m = moments(from + i, part);
+      const Moments<A> m = moments_in_two(from + i, part);
       const W count = static_cast<W>(part);
       total.add({count, (W{m.shift} - W{start}) + W{m.rest}, W{m.variance} * count});
     }
@@ -221,9 +225,12 @@ struct Engine {
 
   struct Columns : Scratch<A> {
     int64_t width;
+    bool pulled;
     Columns(const Engine& e, int64_t sample, const double* of_groups, double count,
             bool folded = false)
-        : Scratch<A>(8 * (e.width() + kPad)), width(e.width() + kPad) {
+        : Scratch<A>(8 * (e.width() + kPad)),
+          width(e.width() + kPad),
+          pulled(of_groups != nullptr) {
       for (int64_t g = 0; g < e.s.groups; ++g) {
         Numbers one = e.numbers(sample, g, of_groups ? of_groups + 2 * g : nullptr, count);
         for (int64_t c = g * e.s.per_group(); c < (g + 1) * e.s.per_group(); ++c) {
@@ -241,7 +248,7 @@ struct Engine {
     }
     A* row(int k) const { return this->data() + k * width; }
     Coefs<A> coefs() const {
-      return {row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
+      return {row(0), row(1), row(2), row(3), row(4), row(5), row(6), pulled ? row(7) : nullptr};
     }
   };
 

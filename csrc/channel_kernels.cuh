@@ -288,8 +288,8 @@ __global__ void __launch_bounds__(kWarp) group_sums_kernel(Normed s, Weights wei
   sums.of_groups[2 * of + 1] = second;
 }
 
-// dx = rstd (weight dz - c1 - xhat c2), c1 and c2 the group's sums over `count` values; 0 where
-// count is 0.
+// dx = rstd (weight dz - c1 - xhat c2), c1 and c2 the group's sums over `count` values; rstd weight
+// dz, whatever x is, where count is 0.
 template <class T, class F, int kPack, bool kColumns>
 __global__ void __launch_bounds__(kThreads)
     dx_kernel(Tensors<T> t, F given, Normed s, Pieces pieces, Sums sums, double count) {
@@ -316,8 +316,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
       const int k = kColumns ? j : 0;
-      const A centred = (c.weight[k] * dz[j] - k1[k]) - left[k];
-      dx.values[j] = from_float<T>(c.rstd[k] * (centred - xhat[j] * k2[k]));
+      const A centred = fma(c.weight[k], dz[j], -k1[k]) - left[k];
+      const A pull = count > 0 ? xhat[j] * k2[k] : A(0);
+      dx.values[j] = from_float<T>(c.rstd[k] * (centred - pull));
     }
     store(t.out + at, dx);
   });

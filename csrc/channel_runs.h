@@ -16,7 +16,8 @@ constexpr int64_t kChunk = 512;
 // Whose coefficients vary along a run: none, those of channels (weight, bias), all.
 enum Mode { kOne, kRow, kColumn };
 
-// A number each, or one for each position.
+// A number each, or one for each position; k2 is null where dx does not depend on x through the
+// moments, so that what is infinite there stays out of it.
 template <class A>
 struct Coefs {
   const A *mean, *rest, *rstd, *weight, *bias, *k1, *left, *k2;
@@ -24,7 +25,7 @@ struct Coefs {
   PYDL_HD Coefs from(int64_t i) const {
     const int64_t stats = kMode == kColumn ? i : 0, weights = kMode == kOne ? 0 : i;
     return {mean + stats,   rest + stats, rstd + stats, weight + weights,
-            bias + weights, k1 + stats,   left + stats, k2 + stats};
+            bias + weights, k1 + stats,   left + stats, k2 ? k2 + stats : nullptr};
   }
 };
 
@@ -46,6 +47,7 @@ struct At {
   // k1 in two numbers: where all dz are alike nothing must be left of them.
   PYDL_HD V dx(V dz, V xhat) const {
     const V centred = (of_channel(c.weight) * dz - stat(c.k1)) - stat(c.left);
+    if (!c.k2) return rstd() * centred;
     return rstd() * (centred - xhat * stat(c.k2));
   }
 };

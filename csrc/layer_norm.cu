@@ -12,12 +12,13 @@ __global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads)
     norm_fwd_kernel(T* y, float* mean, float* rstd, const T* x, Weights weight, Weights bias,
                     Norm norm) {
   using R = Row<T, kRowThreads, kItems>;
-  __shared__ float shared[2 * kWarp];
+  __shared__ double shared[2 * kWarp];
   for (int64_t r = static_cast<int64_t>(blockIdx.x) * R::kRowsPerBlock + threadIdx.y; r < norm.rows;
        r += static_cast<int64_t>(gridDim.x) * R::kRowsPerBlock) {
     R row;
     row.load(x + r * norm.n, norm.n);
-    const auto m = find_moments<kRowThreads>(row, mean, rstd, r, norm, shared);
+    const auto each = [&](const auto& body) { row.each(norm.n, body); };
+    const auto m = find_moments<kRowThreads>(each, mean, rstd, r, norm, shared);
     write_normalised(y + r * norm.n, row, m, weight, bias, norm.n);
   }
 }
@@ -52,10 +53,10 @@ __global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads)
 
 // Rows of any length at any address, and fp64: a block a row.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     norm_fwd_any_kernel(T* y, acc_t<T>* mean, acc_t<T>* rstd, const T* x, Weights weight,
                         Weights bias, Norm norm) {
-  __shared__ acc_t<T> shared[2 * kWarp];
+  __shared__ double shared[2 * kWarp];
   for (int64_t r = blockIdx.x; r < norm.rows; r += gridDim.x) {
     const int64_t at = r * norm.n;
     normalise_any(y + at, x + at, mean, rstd, r, weight, bias, norm, shared);

@@ -19,36 +19,67 @@ struct RowMoments {
   A shift, rest, scale;
 };
 
-// Of the sums of what is left of the mean, and of its squares; writes them down.
-template <class A>
-PYDL_DEVICE RowMoments<A> keep_moments(A shift, const A (&sums)[2], A* mean, A* rstd, int64_t r,
-                                       const Norm& norm) {
-  const A count = static_cast<A>(norm.n), rest = norm.centred ? sums[0] / count : 0;
-  const A variance = sums[1] / count - rest * rest;
-  const A scale = A(1) / sqrt((variance < 0 ? A(0) : variance) + static_cast<A>(norm.eps));
-  if (threadIdx.x == 0) {
-    if (norm.centred) mean[r] = shift + rest;
-    rstd[r] = scale;
+// For values whose sums or squares overflow fp32: the mean by fp64, deviations scaled down. A row
+// whose values are all alike has nothing left of them. each(body) calls body(value) for every
+// element of the thread.
+template <int kRowThreads, class Each>
+PYDL_DEVICE RowMoments<float> scaled_moments(const Each& each, const Norm& norm, double* shared) {
+  constexpr float kScale = 0x1p-80f;
+  const float count = static_cast<float>(norm.n);
+  float shift = 0;
+  if (norm.centred) {
+    double sum[1] = {0};
+    each([&](float value) { sum[0] += value; });
+    sum_row<kRowThreads>(sum, shared);
+    // A division in fp64 would cost registers that the row needs.
+    double inverse = 1 / count;
+    inverse *= 2 - static_cast<double>(norm.n) * inverse;
+    shift = static_cast<float>(sum[0] * inverse);
   }
-  return {shift, rest, scale};
+  float sums[2] = {0, 0};
+  each([&](float value) {
+    const float d = (value - shift) * kScale;
+    sums[0] += d;
+    sums[1] += d * d;
+  });
+  sum_row<kRowThreads>(sums, reinterpret_cast<float*>(shared));
+  const float rest = norm.centred ? sums[0] / count : 0;
+  const float variance = sums[1] / count - rest * rest;
+  const float scale =
+      variance <= 0 ? 1 / sqrt(static_cast<float>(norm.eps)) : kScale / sqrt(variance);
+  return {shift, rest / kScale, scale};
 }
 
-template <int kRowThreads, class R>
-PYDL_DEVICE RowMoments<float> find_moments(const R& row, float* mean, float* rstd, int64_t r,
-                                           const Norm& norm, float* shared) {
-  float sum[1] = {0}, sums[2] = {0, 0};
+// Writes down what backward wants of them. each(body) as above; `of_block` serves a block's sums.
+template <int kRowThreads, class A, class Each>
+PYDL_DEVICE RowMoments<A> find_moments(const Each& each, A* mean, A* rstd, int64_t r,
+                                       const Norm& norm, double* of_block) {
+  A* const shared = reinterpret_cast<A*>(of_block);
+  const A count = static_cast<A>(norm.n);
+  A sum[1] = {0}, sums[2] = {0, 0};
   if (norm.centred) {
-    row.each(norm.n, [&](int, int, float value) { sum[0] += value; });
+    each([&](A value) { sum[0] += value; });
     sum_row<kRowThreads>(sum, shared);
   }
-  const float shift = norm.centred ? sum[0] / static_cast<float>(norm.n) : 0;
-  row.each(norm.n, [&](int, int, float value) {
-    const float d = value - shift;
+  const A shift = norm.centred ? sum[0] / count : 0;
+  each([&](A value) {
+    const A d = value - shift;
     sums[0] += d;
     sums[1] += d * d;
   });
   sum_row<kRowThreads>(sums, shared);
-  return keep_moments(shift, sums, mean, rstd, r, norm);
+  const A rest = norm.centred ? sums[0] / count : 0;
+  const A variance = sums[1] / count - rest * rest;
+  RowMoments<A> m{shift, rest,
+                  A(1) / sqrt((variance < 0 ? A(0) : variance) + static_cast<A>(norm.eps))};
+  if constexpr (sizeof(A) == 4) {
+    if (!isfinite(sums[1])) m = scaled_moments<kRowThreads>(each, norm, of_block);
+  }
+  if (threadIdx.x == 0) {
+    if (norm.centred) mean[r] = m.shift + m.rest;
+    rstd[r] = m.scale;
+  }
+  return m;
 }
 
 template <class T, class R>
@@ -139,20 +170,11 @@ PYDL_DEVICE void write_sums(double* partials, int64_t piece,
 template <class T, class R, class A>
 PYDL_DEVICE void normalise_any(T* y, const R* row, A* mean, A* rstd, int64_t r,
                                const Weights& weight, const Weights& bias, const Norm& norm,
-                               A* shared) {
-  A sum[1] = {0}, sums[2] = {0, 0};
-  if (norm.centred) {
-    for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) sum[0] += to_float(row[i]);
-    sum_row<kThreads>(sum, shared);
-  }
-  const A shift = norm.centred ? sum[0] / static_cast<A>(norm.n) : 0;
-  for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) {
-    const A d = to_float(row[i]) - shift;
-    sums[0] += d;
-    sums[1] += d * d;
-  }
-  sum_row<kThreads>(sums, shared);
-  const RowMoments<A> m = keep_moments(shift, sums, mean, rstd, r, norm);
+                               double* of_block) {
+  const auto each = [&](const auto& body) {
+    for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) body(to_float(row[i]));
+  };
+  const RowMoments<A> m = find_moments<kThreads>(each, mean, rstd, r, norm, of_block);
   for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) {
     A out = ((to_float(row[i]) - m.shift) - m.rest) * m.scale;
     if (weight.data != nullptr) out *= load_weight<A>(weight, i);

@@ -101,14 +101,14 @@ struct Row {
       }
     }
   }
-  // body(item, j, value) for every element of the thread.
+  // body(value) for every element of the thread.
   template <class Body>
   PYDL_DEVICE void each(int64_t n, const Body& body) const {
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
       if (at(item) < n) {
 #pragma unroll
-        for (int j = 0; j < kPack; ++j) body(item, j, to_float(packs[item].values[j]));
+        for (int j = 0; j < kPack; ++j) body(to_float(packs[item].values[j]));
       }
     }
   }

@@ -101,14 +101,29 @@ PYDL_HD V only(V x, int64_t count) {
   }
 }
 
-// Given the sum of a row: sums of what is left of the mean, and of its squares.
+// For values whose sums or squares overflow fp32: in fp64, a value at a time.
 template <class T>
-__attribute__((noinline)) Moments<acc_t<T>> moments_from(double sum, const T* x, int64_t n) {
+__attribute__((noinline)) Moments<acc_t<T>> wide_moments(const T* x, int64_t n, bool centred) {
+  using A = acc_t<T>;
+  const auto count = static_cast<double>(n);
+  double mean = 0, squares = 0;
+  for (int64_t i = 0; centred && i < n; ++i) mean += static_cast<double>(to_float(x[i]));
+  mean /= count;  // of sums that are exact where all are alike
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = static_cast<double>(to_float(x[i])) - mean;
+    squares += d * d;
+  }
+  const A shift = static_cast<A>(mean);
+  return {shift, static_cast<A>(mean - double{shift}), squares / count};
+}
+
+// Sums about `shift`, near the mean: what is left of the mean, and its squares.
+template <class T>
+__attribute__((noinline)) Moments<acc_t<T>> moments_about(acc_t<T> shift, const T* x, int64_t n) {
   using V = typename Lanes<T>::type;
   using A = acc_t<T>;
   V first[4] = {}, second[4] = {};
   double total = 0, squares = 0;
-  const A shift = static_cast<A>(sum / static_cast<double>(n));
   over_row<T>(
       n,
       [&](int k, int64_t i, int64_t count) {
@@ -122,11 +137,17 @@ __attribute__((noinline)) Moments<acc_t<T>> moments_from(double sum, const T* x,
       });
   const double rest = total / static_cast<double>(n);
   const double variance = squares / static_cast<double>(n) - rest * rest;
+  if (!std::isfinite(variance)) return wide_moments(x, n, true);
   return {shift, static_cast<A>(rest), variance < 0 ? 0 : variance};
 }
-
 template <class T>
-__attribute__((noinline)) Moments<acc_t<T>> moments(const T* x, int64_t n) {
+inline Moments<acc_t<T>> moments_from(double sum, const T* x, int64_t n) {
+  return moments_about(static_cast<acc_t<T>>(sum / static_cast<double>(n)), x, n);
+}
+
+// In two passes, the second about the mean: for channels, whose parts are put together.
+template <class T>
+__attribute__((noinline)) Moments<acc_t<T>> moments_in_two(const T* x, int64_t n) {
   using V = typename Lanes<T>::type;
   V sums[4] = {};
   double total = 0;
@@ -134,6 +155,32 @@ __attribute__((noinline)) Moments<acc_t<T>> moments(const T* x, int64_t n) {
       n, [&](int k, int64_t i, int64_t count) { sums[k] += load_some(x + i, count); },
       [&] { total += take(sums); });
   return moments_from(total, x, n);
+}
+
+// In one pass about the mean of the first few, in another where that was no good guess: further off
+// than a standard deviation, so that the squares would cancel.
+template <class T>
+inline Moments<acc_t<T>> moments(const T* x, int64_t n) {
+  using V = typename Lanes<T>::type;
+  using A = acc_t<T>;
+  constexpr int64_t kFew = Lanes<T>::count > 1 ? Lanes<T>::count : 16;
+  const int64_t few = n < kFew ? n : kFew;
+  double guess = 0;
+  for (int64_t i = 0; i < few; i += Lanes<T>::count) {
+    const int64_t count = few - i < Lanes<T>::count ? few - i : Lanes<T>::count;
+    guess += add_lanes(load_some(x + i, count) * splat<V>(1.0 / static_cast<double>(few)));
+  }
+  const Moments<A> m = moments_about(static_cast<A>(guess), x, n);
+  const double rest = static_cast<double>(m.rest);
+  if (rest * rest <= m.variance) return m;
+  return moments_about(static_cast<A>(guess + rest), x, n);
+}
+
+// As a variance about 0, the mean of squares that add up to `squares`.
+template <class T>
+inline Moments<acc_t<T>> moments_from_squares(double squares, const T* x, int64_t n) {
+  if (!std::isfinite(squares)) return wide_moments(x, n, false);
+  return {0, 0, squares / static_cast<double>(n)};
 }
 
 // The mean of the squares, as a variance about 0.
@@ -149,7 +196,7 @@ __attribute__((noinline)) Moments<acc_t<T>> mean_square(const T* x, int64_t n) {
         sums[k] += value * value;
       },
       [&] { total += take(sums); });
-  return {0, 0, total / static_cast<double>(n)};
+  return moments_from_squares(total, x, n);
 }
 
 // Writes a row's mean (where it is wanted) and scale, and returns the scale.
@@ -194,13 +241,14 @@ __attribute__((noinline)) Dots<acc_t<T>> dots(const T* dy, const T* x, const acc
 
 template <class A>
 struct Normalise {
-  Moments<A> m;
-  A scale;
+  A shift, scale, offset;  // the mean is shift - offset / scale
   const A *weight, *bias;
+  Normalise(const Moments<A>& m, A by, const A* w, const A* b)
+      : shift(m.shift), scale(by), offset(-(m.rest * by)), weight(w), bias(b) {}
   PYDL_HD bool by_position() const { return true; }
   template <class V>
   PYDL_HD void operator()(const V (&x)[1], V (&y)[1], int64_t i) const {
-    V out = ((x[0] - splat<V>(m.shift)) - splat<V>(m.rest)) * splat<V>(scale);
+    V out = (x[0] - splat<V>(shift)) * splat<V>(scale) + splat<V>(offset);
     if (weight) out = out * load_as<V>(weight + i);
     if (bias) out = out + load_as<V>(bias + i);
     y[0] = out;

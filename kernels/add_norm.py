@@ -7,20 +7,11 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 from pydl.kernels.common import add_partials, dropout_factor, rounded, threshold
+from pydl.kernels.row_moments import moments, summed
 from torch import Tensor
 
 # Longer rows are read block by block, three times.
 _MOST = 16384
-
-
-@triton.jit
-def summed(x, residual, seed, at, inside, limit, factor, DROPOUT: tl.constexpr):
-    """residual + dropout(x) as it is stored, in fp32, and 0 outside."""
-    h = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if DROPOUT:
-        h = h * dropout_factor(seed, at, limit, factor)
-    h += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    return rounded(h, residual.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -29,32 +20,28 @@ def fwd_kernel(
     CENTRED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows. The mean is shift + rest: where it is large, fp32 alone would lose its end."""
+    """Grid: rows."""
     r = tl.program_id(0).to(tl.int64)
     start = r * n
     i = tl.arange(0, BLOCK)
-    first = summed(x, residual, seed, start + i, i < n, limit, factor, DROPOUT)
-    shift = 0.0
-    if CENTRED:
-        sums = first
-        if not ONE:
-            for c in range(BLOCK, n, BLOCK):
-                sums += summed(x, residual, seed, start + c + i, c + i < n, limit, factor, DROPOUT)
-        shift = tl.sum(sums, axis=0) / n
-    d = tl.where(i < n, first - shift, 0.0)
-    sums = d
-    squares = d * d
-    if not ONE:
-        for c in range(BLOCK, n, BLOCK):
-            h = summed(x, residual, seed, start + c + i, c + i < n, limit, factor, DROPOUT)
-            d = tl.where(c + i < n, h - shift, 0.0)
-            sums += d
-            squares += d * d
-    rest = 0.0
-    if CENTRED:
-        rest = tl.sum(sums, axis=0) / n
-    variance = tl.sum(squares, axis=0) / n - rest * rest
-    scale = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)
+    first = summed(x, residual, seed, start + i, i < n, limit, factor, True, DROPOUT)
+    shift, rest, scale = moments(
+        first,
+        x,
+        residual,
+        seed,
+        start,
+        i,
+        n,
+        eps,
+        limit,
+        factor,
+        CENTRED,
+        True,
+        DROPOUT,
+        ONE,
+        BLOCK,
+    )
     if CENTRED:
         tl.store(mean + r, shift + rest)
     tl.store(rstd + r, scale)
@@ -62,7 +49,7 @@ def fwd_kernel(
         inside = c + i < n
         h = first
         if not ONE:
-            h = summed(x, residual, seed, start + c + i, inside, limit, factor, DROPOUT)
+            h = summed(x, residual, seed, start + c + i, inside, limit, factor, True, DROPOUT)
         tl.store(new + start + c + i, rounded(h, new.dtype.element_ty), mask=inside)
         out = ((h - shift) - rest) * scale
         if WEIGHT:

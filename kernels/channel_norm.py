@@ -363,15 +363,18 @@ def dx_kernel(
         mean, rest, var, weight, bias, sample, c, channels, groups, eps, WEIGHT, BIAS
     )
     k1 = tl.zeros_like(rstd)
+    rest_k1 = tl.zeros_like(rstd)
     k2 = tl.zeros_like(rstd)
     if CENTRED:
-        part = rstd.to(tl.float64) / count.to(tl.float64)
+        part = tl.full(rstd.shape, 1.0, dtype=tl.float64) / count.to(tl.float64)
         if ALONE:
-            part *= w
+            part *= w.to(tl.float64)
         of = sums + group
-        k1 = (part * tl.load(of, mask=c < channels, other=0.0)).to(tl.float32)
+        # In two numbers: where all dz are alike nothing must be left of them.
+        mean_dz = part * tl.load(of, mask=c < channels, other=0.0)
+        k1 = mean_dz.to(tl.float32)
+        rest_k1 = (mean_dz - k1.to(tl.float64)).to(tl.float32)
         k2 = (part * tl.load(of + apart, mask=c < channels, other=0.0)).to(tl.float32)
-    scale = rstd * w
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     offsets = rows * step + columns
@@ -383,5 +386,8 @@ def dx_kernel(
             dz, xhat = gradient(
                 dy, x, residual, at, inside, middle, rest_of, rstd, w, b, p, ACT, RESIDUAL
             )
-            out = scale * dz - (k1 + xhat * k2)
+            out = w * dz
+            if CENTRED:
+                out = (tl.fma(w, dz, -k1) - rest_k1) - xhat * k2
+            out *= rstd
             tl.store(dx + at, rounded(out, dx.dtype.element_ty), mask=inside)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 from pydl.kernels.common import add_partials, rounded
+from pydl.kernels.row_moments import moments
 from torch import Tensor
 
 # Longer rows are read block by block, three times.
@@ -19,32 +20,14 @@ def fwd_kernel(
     CENTRED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows. The mean is shift + rest: where it is large, fp32 alone would lose its end."""
+    """Grid: rows."""
     r = tl.program_id(0).to(tl.int64)
     start = r * n
     i = tl.arange(0, BLOCK)
     first = tl.load(x + start + i, mask=i < n, other=0.0).to(tl.float32)
-    shift = 0.0
-    if CENTRED:
-        sums = first
-        if not ONE:
-            for c in range(BLOCK, n, BLOCK):
-                sums += tl.load(x + start + c + i, mask=c + i < n, other=0.0).to(tl.float32)
-        shift = tl.sum(sums, axis=0) / n
-    d = tl.where(i < n, first - shift, 0.0)
-    sums = d
-    squares = d * d
-    if not ONE:
-        for c in range(BLOCK, n, BLOCK):
-            value = tl.load(x + start + c + i, mask=c + i < n, other=0.0).to(tl.float32)
-            d = tl.where(c + i < n, value - shift, 0.0)
-            sums += d
-            squares += d * d
-    rest = 0.0
-    if CENTRED:
-        rest = tl.sum(sums, axis=0) / n
-    variance = tl.sum(squares, axis=0) / n - rest * rest
-    scale = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)
+    shift, rest, scale = moments(
+        first, x, x, x, start, i, n, eps, 0, 0.0, CENTRED, False, False, ONE, BLOCK
+    )
     if CENTRED:
         tl.store(mean + r, shift + rest)
     tl.store(rstd + r, scale)

@@ -21,6 +21,7 @@ from pydl.ops.layer_norm import (
     layer_norm_definition,
     numbers,
     rms_norm_definition,
+    rows_of_shards,
     shaped,
     sums,
 )
@@ -124,6 +125,12 @@ def _backward(op: str, weights: int) -> Callable[..., tuple]:
     return backward
 
 
+def _shards(x: Tensor, _: Tensor, *args: Any) -> tuple[list, list]:
+    *weights, _, _, dims, _, _, _ = args
+    rows, whole = rows_of_shards(x, dims)
+    return [rows, rows, *(whole for _ in weights), "seed"], [rows, rows]
+
+
 def _rule(op: str, norm: Callable[..., Tensor], weights: int) -> Rule:
     return Rule(
         op,
@@ -135,6 +142,7 @@ def _rule(op: str, norm: Callable[..., Tensor], weights: int) -> Rule:
         derivative=_derivative(norm, weights),
         extras=weights,
         outputs=2,
+        shards=_shards,
     )
 
 

@@ -9,13 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydl import autograd
-from pydl.backends import FLOATS, choose, requested
+from pydl.backends import FLOATS, choose
 from pydl.ops import bias_act
-from pydl.ops.channel_norm import RULE, call
-
-# Positions of a channel; with fewer, group_norm's automatic choice is native torch whatever the
-# size, which the calibration goes by.
-_SPATIAL = 16
+from pydl.ops.channel_norm import RULE, call, measured_as
 
 
 def _check(op: str, input: Tensor, residual: Tensor | None = None, **of_channels: Any) -> None:
@@ -121,7 +117,7 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
     """
-    chosen = choose("batch_norm", backend, input)
+    chosen = choose("batch_norm", backend, input, key=measured_as)
     if chosen == "torch":
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     stats = (running_mean, running_var, training, momentum, eps)
@@ -169,7 +165,8 @@ def batch_norm_act(
         ValueError: training with one value a channel; there is no such activation.
         RuntimeError: shapes or dtypes do not fit.
     """
-    chosen = choose("batch_norm_act", backend, input, *(() if residual is None else (residual,)))
+    given = (input,) if residual is None else (input, residual)
+    chosen = choose("batch_norm_act", backend, *given, key=measured_as)
     if chosen == "torch":
         _check_residual("batch_norm_act", input, residual)
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -247,7 +244,7 @@ def instance_norm(
 
     Source: Ulyanov et al. 2016, arXiv 1607.08022.
     """
-    chosen = choose("instance_norm", backend, input)
+    chosen = choose("instance_norm", backend, input, key=measured_as)
     if chosen == "torch":
         return F.instance_norm(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
@@ -317,8 +314,8 @@ def group_norm(
     """
     if input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype in FLOATS[1:3]:
         input = input.float()
-    chosen = choose("group_norm", backend, input)
-    if chosen == "torch" or (requested(backend) is None and input.shape[2:].numel() < _SPATIAL):
+    chosen = choose("group_norm", backend, input, key=measured_as)
+    if chosen == "torch":
         return _finish(F.group_norm(input, num_groups, weight, bias, eps), act, act_param, None)
     number, parameter = bias_act.named("group_norm", act, act_param)
     _check("group_norm", input, weight=weight, bias=bias)

@@ -13,7 +13,7 @@ from pydl.backends import FLOATS
 from pydl.ops import bias_act
 from pydl.ops.batch_norm import batch_norm, batch_norm_act, group_norm, instance_norm
 from pydl.ops.channel_norm import definition
-from pydl.ops.samples import bytes_of, channel_shapes
+from pydl.ops.samples import bytes_of, channel_shapes, short_channel_shapes
 from pydl.table import LAYOUTS, Case, Cost, Make, Op, register
 
 
@@ -211,6 +211,8 @@ _SPATIAL = ((16, 64, 56, 56), (8, 512, 32, 32), (8, 16, 8, 8))
 
 def _register(name: str, function: Any, samples: Any, reference: Any, native: Any, bench: Any,
               shapes: tuple[tuple[int, ...], ...]) -> None:  # fmt: skip
+    # Features are to instance_norm one sample's channels, and long.
+    kinds = 1 if name == "instance_norm" else 2
     register(
         Op(
             name=name,
@@ -223,6 +225,7 @@ def _register(name: str, function: Any, samples: Any, reference: Any, native: An
             bench_shapes=shapes,
             cost=_cost,
             sized=channel_shapes,
+            apart={f"{name}_short": lambda n: short_channel_shapes(n)[:kinds]},
         )
     )
 

@@ -96,12 +96,28 @@ class Folded:
         return (moved.permute(self._back) if self._last else moved).detach()
 
 
+_LONG = 196  # 14 x 14
+
+
+def measured_as(op: str, x: Tensor) -> str:
+    """Channels of few values side by side are read otherwise, and measured by themselves."""
+    return op if x.shape[2:].numel() >= _LONG else f"{op}_short"
+
+
 def channels_last(x: Tensor) -> bool:
     """Whether a tensor of four or five dimensions has its channels innermost."""
     if x.dim() not in (4, 5) or x.is_contiguous():
         return False
     form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return x.is_contiguous(memory_format=form)
+    if x.is_contiguous(memory_format=form):
+        return True
+    # Of memory with gaps it is the order that counts, as for torch's is_channels_last_strides.
+    least, strides = 0, x.stride()
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if strides[d] == 0 or strides[d] < least or (d == 0 and strides[0] == strides[1]):
+            return False
+        least = strides[d] * max(1, x.shape[d])
+    return True
 
 
 def pieces_of(folded: Tensor) -> int:
@@ -189,8 +205,8 @@ def _backward(backend: str, dy: Tensor, saved: tuple, settings: tuple, needs: tu
         dresidual = folded.unfold(dz if active else dy4)
     return (
         folded.unfold(dx),
-        dweight if dweight.numel() else None,
-        dbias if dbias.numel() else None,
+        dweight if needs[1] and weight is not None else None,
+        dbias if needs[2] and bias is not None else None,
         dresidual,
         None,
         None,
@@ -204,5 +220,16 @@ def _gradient(weight: Tensor | None, needed: bool, x: Tensor) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-RULE = Rule("batch_norm", 6, _forward, _backward, definition, extras=3)
+def _shards(*args: Any) -> tuple[list, list]:
+    """Moments are those of a channel's samples, or, of groups, of a sample's channels."""
+    x, mean, groups = args[0], args[4], args[6]
+    dims: list[Any] = list(range(x.dim()))
+    if groups or mean is None:
+        dims = [d if d == (0 if groups else 1) else None for d in dims]
+    of_channels, moments = (dims[1],), (dims[0] if groups else None, None if groups else dims[1])
+    channels = [of_channels] * 2
+    return [dims, *channels, dims, *channels], [dims, moments, moments, moments]
+
+
+RULE = Rule("batch_norm", 6, _forward, _backward, definition, extras=3, shards=_shards)
 call: Callable[..., Any] = autograd.make(RULE, whole=True)

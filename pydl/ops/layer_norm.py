@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,17 @@ def rms_norm_definition(x: Tensor, weight: Tensor | None, dims: int, eps: float)
 
 
 def as_rows(x: Tensor, dims: int) -> Tensor:
-    """(rows, columns), dense."""
+    """(rows, columns), dense; x itself where it is that."""
+    if dims == 1 and x.dim() == 2 and x.is_contiguous():
+        return x
     n = prod(x.shape[x.dim() - dims :])
     return x.contiguous().view(prod(x.shape[: x.dim() - dims]), n)
 
 
 def flat(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.reshape(-1).contiguous()
+    if weight is None or (weight.dim() == 1 and weight.is_contiguous()):
+        return weight
+    return weight.reshape(-1).contiguous()
 
 
 def numbers(x2: Tensor) -> Tensor:
@@ -74,7 +79,7 @@ def _forward(
     y, mean, rstd = empty_like(x2), numbers(x2), numbers(x2)
     kernel(backend, "layer_norm_fwd")(y, mean, rstd, x2, flat(weight), flat(bias), eps)
     # Detached, the output is no view, which torch would not let be changed in place.
-    return y.view(x.shape).detach(), mean, rstd
+    return y if x2 is x else y.view(x.shape).detach(), mean, rstd
 
 
 def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
@@ -105,7 +110,7 @@ def _rms_forward(
     x2 = as_rows(x, dims)
     y, rstd = empty_like(x2), numbers(x2)
     kernel(backend, "rms_norm_fwd")(y, rstd, x2, flat(weight), eps)
-    return _laid_out(y.view(x.shape).detach(), x), rstd
+    return y if x2 is x else _laid_out(y.view(x.shape).detach(), x), rstd
 
 
 def _rms_backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
@@ -119,8 +124,24 @@ def _rms_backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs:
     return _laid_out(dx.view(x.shape), x), shaped(dweight, weight)
 
 
-_LAYER_NORM = Rule("layer_norm", 3, _forward, _backward, layer_norm_definition, extras=2)
-_RMS_NORM = Rule("rms_norm", 2, _rms_forward, _rms_backward, rms_norm_definition, extras=1)
+def rows_of_shards(x: Tensor, dims: int) -> tuple[list, list]:
+    """Names, as `Rule.shards` has them, of the dimensions of x and of those of a weight."""
+    whole = [None] * dims
+    return [*range(x.dim() - dims), *whole], whole
+
+
+def _shards(x: Tensor, *args: Any) -> tuple[list, list]:
+    *weights, dims, _ = args
+    rows, whole = rows_of_shards(x, dims)
+    return [rows, *(whole for _ in weights)], [rows]
+
+
+_LAYER_NORM = Rule(
+    "layer_norm", 3, _forward, _backward, layer_norm_definition, extras=2, shards=_shards
+)
+_RMS_NORM = Rule(
+    "rms_norm", 2, _rms_forward, _rms_backward, rms_norm_definition, extras=1, shards=_shards
+)
 _layer_norm_call = autograd.make(_LAYER_NORM)
 _rms_norm_call = autograd.make(_RMS_NORM)
 

@@ -19,7 +19,14 @@ from pydl import autograd
 from pydl.autograd import Rule
 from pydl.backends import choose, empty_like, kernel
 from pydl.ops.batch_norm import _check, update
-from pydl.ops.channel_norm import Folded, empty_moments, flat, pieces_of, scratch
+from pydl.ops.channel_norm import (
+    Folded,
+    empty_moments,
+    flat,
+    measured_as,
+    pieces_of,
+    scratch,
+)
 
 Moments = tuple[Tensor, Tensor, Tensor]
 _PLAIN = ("torch", "reference")
@@ -250,7 +257,7 @@ def sync_batch_norm(
 
     Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
     """
-    chosen = choose("batch_norm", backend, input)
+    chosen = choose("batch_norm", backend, input, key=measured_as)
     running = {"running_mean": running_mean, "running_var": running_var}
     _check("sync_batch_norm", input, weight=weight, bias=bias, **running)
     if input.shape[1] == 0:
