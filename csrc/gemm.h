@@ -68,7 +68,8 @@ struct Strided {
   Strided from(int64_t i, int64_t k) const { return {data + i * row + k * column, row, column}; }
 };
 
-// c (kRows x kRegisters registers) = a b, added to c where `add`.
+// c (kRows x kRegisters registers) = a b, added to c where `add`: as one number, so that a long sum
+// put together from many calls loses few places.
 template <class A, int kRows, int kRegisters>
 inline __attribute__((always_inline)) void block(int64_t depth, const Strided<A>& a, const A* b,
                                                  int64_t b_row, A* c, int64_t c_row, bool add) {
@@ -79,7 +80,7 @@ inline __attribute__((always_inline)) void block(int64_t depth, const Strided<A>
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < kRegisters; ++j) {
-      sums[i][j] = add ? load(c + i * c_row + j * kWidth) : spread(A(0));
+      sums[i][j] = spread(A(0));
     }
   }
   const A* from = a.data;
@@ -99,7 +100,10 @@ inline __attribute__((always_inline)) void block(int64_t depth, const Strided<A>
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kRegisters; ++j) store(c + i * c_row + j * kWidth, sums[i][j]);
+    for (int j = 0; j < kRegisters; ++j) {
+      A* const to = c + i * c_row + j * kWidth;
+      store(to, add ? load(to) + sums[i][j] : sums[i][j]);
+    }
   }
 }
 

@@ -94,13 +94,14 @@ def test_far_apart_outputs(op: Op, backend: str) -> None:
     for kernel, args in recorder.calls:
         written = [i for i, w in enumerate(watch.outputs(kernel)) if w]
         # As folded too: channels' sums, whose rows are as many as elements, want dense memory.
-        shapes = [(2, 37), (1, 2, 37, 1), (2, 1, 37, 1), (1, 1, 2, 37)]
+        shapes = [(2, 37), (1, 2, 37), (1, 2, 37, 1), (2, 1, 37, 1), (1, 1, 2, 37)]
         large = [i for i in written if tuple(args[i].shape) in shapes]
         if not large:
             continue  # sums over channels want dense memory
         far = [_far(torch.zeros_like(a)) if i in large else a for i, a in enumerate(args)]
         checked += 1
-        if backend == "triton" or (harness.by_rows(op) and op.family not in harness.ATTENTION):
+        dense = harness.by_rows(op) and op.family not in ("attention", "linear_attention")
+        if backend == "triton" or dense:
             with pytest.raises(RuntimeError, match=r"wants dense memory"):
                 kernel(*far)
             continue
