@@ -1,7 +1,8 @@
-"""Follows what a batch normalisation computes through a method, to the activation at the end.
+"""Follows what a module computes through a method, to where one pass with it may end.
 
-A chain is one only where nothing else can see what flows along it: every value is used once, in
-the same block of statements. What runs between must not be able to change what is normalised.
+A batch normalisation or a linear layer up to an activation, or an activation up to a product, is a
+chain only where nothing else can see what flows along it: every value is used once, in the same
+block of statements. What runs between must not be able to change what the first call is given.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
-from pydl.fuse_run import FUNCTIONS, METHODS
-from pydl.fuse_source import Chain, Method, expressions
+from pydl.fuse_source import Method, expressions, places, targets, uses_of
+from pydl.fuse_step import FUNCTIONS, METHODS
+from pydl.fuse_write import Chain
 
-_CONDITIONAL = (
+CONDITIONAL = (
     ast.BoolOp, ast.Compare, ast.DictComp, ast.GeneratorExp, ast.IfExp, ast.Lambda, ast.ListComp,
     ast.SetComp,
 )  # fmt: skip
-_EFFECTS = (ast.AugAssign, ast.Call, ast.NamedExpr)
+EFFECTS = (ast.AugAssign, ast.Call, ast.NamedExpr)
+KINDS = ("norm", "linear", "gate")
 _STATISTICS = {"_buffers", "num_batches_tracked", "running_mean", "running_var"}
 NOTHING = "no activation follows it"
-UNKNOWN = "follows it, which is no activation that batch_norm_act has"
+UNKNOWN = "follows it, which is no activation that the pass has"
 
 
 class Refused(Exception):
@@ -27,45 +30,71 @@ class Refused(Exception):
 
 
 Predicate = Callable[[str], bool]
+Starts = Callable[[str, str], bool]
+"""Whether a chain of a kind may start with the call of a key (see `Chain`)."""
 
 
-def chains(method: Method, is_bn: Predicate, is_identity: Predicate) -> list[Chain]:
-    """The chain of every call of a batch normalisation in a method, the last first."""
+def chains(method: Method, starts: Starts, is_identity: Predicate) -> list[Chain]:
+    """The chain of every call that may start one, the last first."""
     found = []
     for block in method.blocks():
         for index, statement in enumerate(block):
             for node in expressions(statement):
-                path = method.path(node.func) if isinstance(node, ast.Call) else None
-                if isinstance(node, ast.Call) and path is not None and is_bn(path):
-                    found.append(Chain(path, node))
+                if isinstance(node, ast.Call) and (chain := _start(method, node, starts)):
+                    found.append(chain)
                     try:
-                        _Follower(method, found[-1], is_identity, block, index).follow()
+                        _Follower(method, chain, is_identity, block, index).follow()
                     except Refused as refusal:
-                        found[-1].why = str(refusal)
-    paths = [chain.bn for chain in found]
+                        chain.why = str(refusal)
+    keys = [chain.key for chain in found]
     for chain in found:
-        if paths.count(chain.bn) > 1:
+        if chain.kind == "norm" and keys.count(chain.key) > 1:
             chain.why = f"{method.node.name} calls it more than once"
     return found[::-1]
 
 
-def _targets(statement: ast.stmt) -> list[ast.Name]:
-    """The names that a statement does nothing to but bind them."""
-    if isinstance(statement, ast.Assign):
-        return [one for one in statement.targets if isinstance(one, ast.Name)]
-    if isinstance(statement, ast.AnnAssign) and statement.value is not None:
-        return [statement.target] if isinstance(statement.target, ast.Name) else []
-    return []
+def _start(method: Method, call: ast.Call, starts: Starts) -> Chain | None:
+    """The chain that a call starts, if any."""
+    path = method.path(call.func)
+    if path is not None:
+        kind = next((kind for kind in KINDS if starts(kind, path)), None)
+        return Chain(kind, path, call) if kind else None
+    if not call.args or isinstance(call.args[0], ast.Starred):
+        return None
+    known = known_function(method, call)
+    if known is None or not starts("gate", key := ast.unparse(call)):
+        return None
+    return Chain("gate", key, call, function=known)
 
 
-def _uses(name: str, statement: ast.stmt) -> list[ast.Name]:
-    """Where a statement mentions a name, but for binding it."""
-    bound = _targets(statement)
-    return [
-        node
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Name) and node.id == name and node not in bound
-    ]
+def known_function(method: Method, call: ast.Call) -> tuple[str, float | None] | None:
+    """The activation and parameter of a call of a known function."""
+    meaning = method.meaning(call.func)
+    try:
+        if meaning is None or meaning not in FUNCTIONS:
+            return None
+    except TypeError:  # not hashable
+        return None
+    act, names = FUNCTIONS[meaning]
+    given = dict(zip(names, call.args[1:], strict=False))
+    given |= {one.arg: one.value for one in call.keywords if one.arg}
+    if len(given) != len(call.args) - 1 + len(call.keywords) or not given.keys() <= set(names):
+        return None
+    parameter: float | None = None
+    for name, node in given.items():
+        try:
+            value = ast.literal_eval(node)
+        except (ValueError, TypeError):
+            return None
+        if name == "approximate":
+            if value not in ("none", "tanh"):
+                return None
+            act = "gelu_tanh" if value == "tanh" else "gelu"
+        elif name != "inplace":
+            if type(value) not in (int, float):
+                return None
+            parameter = float(value)
+    return act, parameter
 
 
 class _Follower:
@@ -81,11 +110,12 @@ class _Follower:
     def follow(self) -> None:
         """Raises `Refused` where it is no chain."""
         call = self.chain.call
-        if len(call.args) != 1 or call.keywords or isinstance(call.args[0], ast.Starred):
+        of_module = self.chain.kind != "gate" or self.chain.function is None
+        if of_module and (len(call.args) != 1 or call.keywords or _starred(call)):
             raise Refused("it is called with more than its input")
         name, index, node = "", self.first, self._consume(call)
         while True:
-            now = "" if self.chain.act is not None else self._stored(self.block[index], node)
+            now = "" if self.chain.end is not None else self._stored(self.block[index], node)
             if name and now != name and not self._dead(name, index):
                 raise Refused("its output is used more than once")
             if not now:
@@ -98,12 +128,16 @@ class _Follower:
         self._vet(index)
 
     def _consume(self, node: ast.AST) -> ast.AST:
-        """The expression that a value ends in: the activation, or the last that it passes
-        through."""
+        """The expression that a value ends in: the end, or the last that it passes through."""
         chain, method = self.chain, self.method
+        if chain.kind == "gate":
+            parent = None if isinstance(node, ast.stmt) else method.parents[node]
+            if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Mult):
+                chain.times = node = parent
+            return node
         while not isinstance(node, ast.stmt):
             parent = method.parents[node]
-            if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Add) and not chain.add:
+            if self._is_residual(parent):
                 chain.add = node = parent
             elif isinstance(parent, ast.Attribute) and parent.attr in METHODS:
                 outer = method.parents[parent]
@@ -114,7 +148,9 @@ class _Follower:
             elif isinstance(parent, ast.Call) and node in parent.args:
                 path = method.path(parent.func)
                 if path is None or len(parent.args) > 1 or parent.keywords:
-                    if parent.args[0] is node and self._function(parent):
+                    known = known_function(method, parent) if parent.args[0] is node else None
+                    if known is not None:
+                        chain.act, chain.function = parent, known
                         return parent
                     raise Refused(f"{ast.unparse(parent.func)} {UNKNOWN}")
                 if not self.is_identity(path):
@@ -126,32 +162,10 @@ class _Follower:
                 break
         return node
 
-    def _function(self, call: ast.Call) -> bool:
-        """Whether a call is of a known activation; notes which."""
-        meaning = self.method.meaning(call.func)
-        if not callable(meaning) or meaning not in FUNCTIONS:
-            return False
-        act, names = FUNCTIONS[meaning]
-        given = dict(zip(names, call.args[1:], strict=False))
-        given |= {one.arg: one.value for one in call.keywords if one.arg}
-        if len(given) != len(call.args) - 1 + len(call.keywords) or not given.keys() <= set(names):
-            return False
-        parameter: float | None = None
-        for name, node in given.items():
-            try:
-                value = ast.literal_eval(node)
-            except (ValueError, TypeError):
-                return False
-            if name == "approximate":
-                if value not in ("none", "tanh"):
-                    return False
-                act = "gelu_tanh" if value == "tanh" else "gelu"
-            elif name != "inplace":
-                if type(value) not in (int, float):
-                    return False
-                parameter = float(value)
-        self.chain.act, self.chain.function = call, (act, parameter)
-        return True
+    def _is_residual(self, node: ast.AST) -> bool:
+        """Whether what is normalised is added to something here, for the first time."""
+        free = self.chain.kind == "norm" and self.chain.add is None
+        return free and isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)
 
     def _stored(self, statement: ast.stmt, node: ast.AST) -> str:
         """The name that a statement gives to a value."""
@@ -160,8 +174,8 @@ class _Follower:
                 return statement.target.id
             raise Refused("its output is added in place to something that others may see")
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is node:
-            targets = getattr(statement, "targets", [None])
-            if len(targets) == 1 and (names := _targets(statement)):
+            given = getattr(statement, "targets", [None])
+            if len(given) == 1 and (names := targets(statement)):
                 return names[0].id
         raise Refused(NOTHING)
 
@@ -173,17 +187,18 @@ class _Follower:
             if not mentions:
                 continue
             if isinstance(statement, ast.AugAssign) and mentions == [statement.target]:
-                if not isinstance(statement.op, ast.Add) or self.chain.add:
+                free = self.chain.kind == "norm" and self.chain.add is None
+                if not isinstance(statement.op, ast.Add) or not free:
                     raise Refused(NOTHING)
                 self.chain.add = statement
                 return i, statement
             if not isinstance(statement, ast.Assign | ast.AnnAssign | ast.Expr | ast.Return):
                 raise Refused("its output goes into a branch, a loop or a sum")
-            if not (uses := _uses(name, statement)):
+            if not (uses := uses_of(name, statement)):
                 raise Refused("its output is not used")
             if len(uses) > 1:
                 raise Refused("its output is used more than once")
-            if any(isinstance(one, _CONDITIONAL) for one in self._above(uses[0])):
+            if any(isinstance(one, CONDITIONAL) for one in self._above(uses[0])):
                 raise Refused("its output is not always used")
             return i, uses[0]
         raise Refused(NOTHING)
@@ -201,51 +216,71 @@ class _Follower:
         if isinstance(self.block[index], ast.Return):
             return True
         for statement in self.block[index:]:
-            if statement is not self.block[index] and _uses(name, statement):
+            if statement is not self.block[index] and uses_of(name, statement):
                 return False
-            if any(one.id == name for one in _targets(statement)):
+            if any(one.id == name for one in targets(statement)):
                 return True
         return self.block is self.method.node.body
 
     def _vet(self, last: int) -> None:
-        """What runs after the normalisation's place and before the activation's cannot matter."""
+        """What runs after the first call's place and before the end's cannot matter."""
         chain, statements = self.chain, self.block[self.first : last + 1]
-        assert chain.act is not None
-        own = [chain.call, chain.add, chain.act, *(call for _, call in chain.through)]
+        assert chain.end is not None
+        own = [chain.call, chain.add, chain.end, *(call for _, call in chain.through)]
         for statement in statements[1:-1]:
             if not any(node in own for node in ast.walk(statement)) and not _harmless(statement):
-                raise Refused("statements stand before the activation that may skip it")
-        outside = {*ast.walk(chain.call), *own, *self._above(chain.act)}
-        nodes = [n for one in statements for n in ast.walk(one) if n not in outside]
-        if any(isinstance(node, ast.Attribute) and node.attr in _STATISTICS for node in nodes):
-            raise Refused("code reads running statistics before the activation")
+                raise Refused("statements stand in between that may skip it")
+        outside = {*ast.walk(chain.call), *own, *self._above(chain.end)}
+        begin, end = places(chain.call)[0], places(chain.end)[1]
+        nodes = [
+            n for one in statements for n in ast.walk(one)
+            if n not in outside and isinstance(n, ast.expr | ast.stmt)
+            and not (one is statements[0] and places(n)[0] < begin)
+            and not (one is statements[-1] and places(n)[0] >= end)
+        ]  # fmt: skip
+        if chain.kind == "norm" and any(
+            isinstance(node, ast.Attribute) and node.attr in _STATISTICS for node in nodes
+        ):
+            raise Refused("code reads running statistics before the pass ends")
         owns = [n for n in nodes if isinstance(n, ast.Name) and n.id == self.method.self]
         if not all(isinstance(self.method.parents[node], ast.Attribute) for node in owns):
-            raise Refused("code before the activation is given the whole module")
+            raise Refused("code before the pass ends is given the whole module")
         for node in nodes:
-            if isinstance(node, _EFFECTS):
+            if isinstance(node, EFFECTS) and not self._is_pure(node):
                 path = self.method.path(node.func) if isinstance(node, ast.Call) else None
                 if path is None:
-                    raise Refused("code runs before the activation that is no module's call")
+                    raise Refused("code runs before the pass ends that is no module's call")
                 chain.called.append(path)
         if chain.called:
             chain.producer = self._producer()
             if chain.producer is None:
-                raise Refused("a module runs before the activation that may see what is normalised")
+                raise Refused("a module runs before the pass ends that may see what it is given")
+
+    def _is_pure(self, node: ast.AST) -> bool:
+        """Whether it calls a known function that changes nothing."""
+        if not isinstance(node, ast.Call) or not known_function(self.method, node):
+            return False
+        names = FUNCTIONS[self.method.meaning(node.func)][1]
+        given = {*names[: len(node.args) - 1], *(one.arg for one in node.keywords)}
+        return "inplace" not in given and not ast.unparse(node.func).endswith("_")
 
     def _producer(self) -> str | None:
-        """The module whose output is normalised, if no name holds that any more."""
+        """The module whose output the first call is given, if no name holds that any more."""
         value: ast.AST | None = self.chain.call.args[0]
         if isinstance(value, ast.Name) and self.first > 0:
             name, before = value.id, self.block[self.first - 1]
-            uses, targets = _uses(name, self.block[self.first]), _targets(before)
+            uses, bound = uses_of(name, self.block[self.first]), targets(before)
             alone = isinstance(before, ast.Assign) and len(before.targets) == 1
-            if len(uses) != 1 or not alone or [one.id for one in targets] != [name]:
+            if len(uses) != 1 or not alone or [one.id for one in bound] != [name]:
                 return None
             if self.method.captured(name) or not self._dead(name, self.first):
                 return None
             value = getattr(before, "value", None)
         return self.method.path(value.func) if isinstance(value, ast.Call) else None
+
+
+def _starred(call: ast.Call) -> bool:
+    return isinstance(call.args[0], ast.Starred)
 
 
 def _harmless(statement: ast.stmt) -> bool:

@@ -1,167 +1,82 @@
-"""What a fused container does when it runs: batch normalisation, residual and activation as one.
+"""What a fused container does when it runs: the steps of a chain in one pass.
 
-Each step looks at what it is given: where a module has hooks or is another by now, where a residual
-does not fit, or where native PyTorch is the faster, it does what the container's own method does.
+A batch normalisation with its residual and activation, a linear layer's bias with its activation,
+an activation with the product that it goes into, a sum with its normalisation. Where the steps do
+not fit together (see `pydl.fuse_step`), each does what the container's own method does.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from pydl import functional
-from pydl import nn as pydl_nn
-from pydl.backends import choose
-
-NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
-# A module's name -> the activation, and the attribute that holds its parameter.
-ACTIVATIONS: dict[str, tuple[str, str | None]] = {
-    "ELU": ("elu", "alpha"),
-    "GELU": ("gelu", None),
-    "LeakyReLU": ("leaky_relu", "negative_slope"),
-    "Mish": ("mish", None),
-    "ReLU": ("relu", None),
-    "SELU": ("selu", None),
-    "SiLU": ("silu", None),
-    "Sigmoid": ("sigmoid", None),
-    "Tanh": ("tanh", None),
-}
-# A function -> the activation, and the names of its arguments after the first.
-FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
-    F.elu: ("elu", ("alpha", "inplace")),
-    F.gelu: ("gelu", ("approximate",)),
-    F.leaky_relu: ("leaky_relu", ("negative_slope", "inplace")),
-    F.mish: ("mish", ("inplace",)),
-    F.relu: ("relu", ("inplace",)),
-    F.relu_: ("relu", ()),
-    F.selu: ("selu", ("inplace",)),
-    F.sigmoid: ("sigmoid", ()),
-    F.silu: ("silu", ("inplace",)),
-    F.tanh: ("tanh", ()),
-    torch.relu: ("relu", ()),
-    torch.relu_: ("relu", ()),
-    torch.selu: ("selu", ()),
-    torch.sigmoid: ("sigmoid", ()),
-    torch.sigmoid_: ("sigmoid", ()),
-    torch.tanh: ("tanh", ()),
-    torch.tanh_: ("tanh", ()),
-}
-# A tensor's method -> the activation.
-METHODS = {name + end: name for name in ("relu", "sigmoid", "tanh") for end in ("", "_")}
-# Modules whose output is always memory of its own.
-PRODUCERS: tuple[type, ...] = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.Linear,
-)  # fmt: skip
-_NORMS: tuple[type, ...] = tuple(getattr(pydl_nn, name) for name in NORMS)
-_ACTS = {getattr(pydl_nn, name): known for name, known in ACTIVATIONS.items()}
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether something sees what goes into or comes out of this module."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _plain(module: Any) -> bool:
-    """Whether calling a module does what its type does, and nothing sees it."""
-    return (
-        not hooked(module)
-        and not torch_module._has_any_global_hook()
-        and "forward" not in module.__dict__
-        and module._compiled_call_impl is None
-    )
-
-
-class Pending(NamedTuple):
-    """A batch normalisation that has not been computed yet, and the residual added to it."""
-
-    bn: Any
-    input: Tensor
-    residual: Any = None
-    add: str = ""
-    """How it was added: "add" or "iadd"; "" for not at all."""
-    left: bool = True
-    """The normalised is the left operand."""
-
-    def value(self) -> Any:
-        """What the container's own method has here."""
-        y = self.bn(self.input)
-        if not self.add:
-            return y
-        first, second = (y, self.residual) if self.left else (self.residual, y)
-        return getattr(operator, self.add)(first, second)
-
-    def fits(self) -> bool:
-        """Whether the residual can be added in the same pass, with the same result."""
-        x, r = self.input, self.residual
-        if not self.add:
-            return True
-        if not isinstance(r, Tensor) or r.shape != x.shape or r.dtype != x.dtype:
-            return False
-        if r.device != x.device or r.layout != torch.strided or x.layout != torch.strided:
-            return False
-        if x.is_contiguous():
-            return r.is_contiguous()
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-        if last is None:
-            return False
-        return x.is_contiguous(memory_format=last) and r.is_contiguous(memory_format=last)
-
-
-def _value(value: Any) -> Any:
-    return value.value() if type(value) is Pending else value
+from pydl.backends import FLOATS, below, choose
+from pydl.fuse_step import (
+    BATCH_NORMS,
+    Gate,
+    Layer,
+    Pending,
+    activation,
+    gated,
+    makes,
+    still,
+    value_of,
+)
+from pydl.nn.steps import added, adds, batch_norm_worthwhile, normed, plain, worthwhile
 
 
 class Fused:
     """Mixed into the class of a container whose methods have been fused."""
 
-    @staticmethod
-    def _pydl_begin(bn: Any, input: Any, producer: Any = None) -> Any:
-        """A batch normalisation's call; `producer`: what made the input, where code runs before the
-        activation."""
-        input = _value(input)
+    _pydl_backend: str | None = None
+    """Who computes where no twin says so."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """That of the container's class is for classes that people write."""
+        if "_pydl_base" not in vars(cls):
+            super().__init_subclass__(**kwargs)
+
+    def _pydl_begin(self, bn: Any, input: Any, producer: Any = None) -> Any:
+        """A batch normalisation's or linear layer's call; `producer`: what made the input, where
+        code runs before the activation."""
+        input = value_of(input)
+        if type(bn) is nn.Linear:
+            free = worthwhile(bn, input, self._pydl_backend) and plain(bn) and makes(producer)
+            return Layer(bn, input) if free else bn(input)
         if (
             isinstance(input, Tensor)
-            and type(bn) in _NORMS
-            and choose("batch_norm_act", bn.backend, input) != "torch"
-            and _plain(bn)
-            and (producer is None or (type(producer) in PRODUCERS and _plain(producer)))
+            and type(bn) in BATCH_NORMS
+            and batch_norm_worthwhile(bn, input)
+            and plain(bn)
+            and makes(producer)
         ):
             return Pending(bn, input)
         return bn(input)
 
-    @staticmethod
-    def _pydl_add(how: str, first: Any, second: Any) -> Any:
+    def _pydl_add(self, how: str, first: Any, second: Any) -> Any:
         """`first + second` or `first += second`."""
         if type(first) is Pending and not first.add:
-            return Pending(first.bn, first.input, _value(second), how)
+            return Pending(first.bn, first.input, value_of(second), how)
         if type(second) is Pending and not second.add and how == "add":
-            return Pending(second.bn, second.input, _value(first), how, False)
-        return getattr(operator, how)(_value(first), _value(second))
+            return Pending(second.bn, second.input, value_of(first), how, False)
+        return getattr(operator, how)(value_of(first), value_of(second))
 
-    @staticmethod
     def _pydl_end(
-        call: Any, value: Any, act: str | None = None, param: float | None = None, /, *args: Any,
-        **kwargs: Any,
+        self, call: Any, value: Any, act: str | None = None, param: float | None = None, /,
+        *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """An activation's call, `call(value, *args, **kwargs)`; of `act`, where that is known."""
         if type(value) is Pending:
             bn, x = value.bn, value.input
             if act is None:
-                if type(call) is nn.Identity and _plain(call):
+                if type(call) is nn.Identity and plain(call):
                     return value
-                act, param = _activation(call, bn.backend)
-            elif not isinstance(call, str) and not _still(call, act):
+                act, param = activation(call, bn.backend, x)
+            elif not isinstance(call, str) and not still(call, act):
                 act = None
             if act is not None and value.fits():
                 bn._check_input_dim(x)
@@ -171,9 +86,69 @@ class Fused:
                     residual=value.residual, act_param=param, backend=bn.backend,
                 )  # fmt: skip
             value = value.value()
+        elif type(value) is Layer:
+            if act is None and type(call) is nn.Identity and plain(call):
+                return value
+            layer, backend = value.layer, self._pydl_backend
+            if act is None:
+                backend = getattr(call, "backend", None)
+                act, param = activation(call, backend, value.input)
+            elif not isinstance(call, str) and not still(call, act):
+                act = None
+            if act is not None and value.wins(backend):
+                y = F.linear(value.input, layer.weight)
+                return functional.bias_act(y, layer.bias, act, act_param=param, backend=backend)
+            value = value.value()
         if isinstance(call, str):
             return getattr(value, call)(*args, **kwargs)
         return call(value, *args, **kwargs)
+
+    def _pydl_gate(
+        self, call: Any, value: Any, producer: Any = None, act: str | None = None,
+        param: float | None = None, /, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """An activation's call, of what goes into a product alone."""
+        value, backend = value_of(value), self._pydl_backend
+        if act is None:
+            backend = getattr(call, "backend", None)
+        free = isinstance(value, Tensor) and value.dtype in FLOATS and makes(producer)
+        if free and not (backend is None and below("gated_act", value, value.numel())):
+            if act is None:
+                act, param = activation(call, backend, value)
+            elif not still(call, act):
+                act = None
+            if act is not None and choose("gated_act", backend, value) != "torch":
+                return Gate(call, value, args, kwargs, act, param, backend)
+        return call(value, *args, **kwargs)
+
+    def _pydl_times(self, first: Any, second: Any) -> Any:
+        """`first * second`."""
+        if type(first) is Gate:
+            gate, up = first, value_of(second)
+            if gate.fits(up):
+                return gated(gate, up)
+            return gate.value() * up
+        first = value_of(first)
+        if type(second) is Gate and second.fits(first):
+            return gated(second, first)
+        return first * value_of(second)
+
+    def _pydl_sum(
+        self, first: Any, second: Any, norm: Any, free: bool = True
+    ) -> tuple[Any, Tensor | None]:
+        """`first + second`, and what `norm` makes of it where one pass computes both."""
+        if free and adds(norm, first, second):
+            y, total = added(norm, first, second)
+            return total, y
+        return first + second, None
+
+    def _pydl_taken(self, norm: Any, total: Any, kept: Tensor | None) -> Any:
+        """`norm(total)` of a sum that has been computed."""
+        return norm(total) if kept is None else kept
+
+    def _pydl_normed(self, norm: Any, first: Any, second: Any) -> Any:
+        """`norm(first + second)`."""
+        return normed(norm, first, second)
 
     def _pydl_sequential(self, input: Any) -> Any:
         """`nn.Sequential.forward`."""
@@ -183,19 +158,4 @@ class Fused:
                 input = self._pydl_begin(module, input)
             else:
                 input = self._pydl_end(module, input)
-        return _value(input)
-
-
-def _still(function: Any, act: str) -> bool:
-    """Whether the name of a function stands for the activation that it stood for in the source."""
-    return function in FUNCTIONS and FUNCTIONS[function][0] == act.removesuffix("_tanh")
-
-
-def _activation(module: Any, backend: str | None) -> tuple[str | None, float | None]:
-    """What a module applies, if it is a known activation that the same backend computes."""
-    if type(module) not in _ACTS or not _plain(module) or module.backend != backend:
-        return None, None
-    name, attribute = _ACTS[type(module)]
-    if name == "gelu" and module.approximate != "none":
-        name = "gelu_tanh"
-    return name, None if attribute is None else float(getattr(module, attribute))
+        return value_of(input)

@@ -16,7 +16,6 @@ import linecache
 import types
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 _FUTURE = functools.reduce(
@@ -40,7 +39,7 @@ class Method:
     """A function with its source, which is known to be what it was compiled from.
 
     Attributes:
-        function: The function.
+        function: The function; where it is decorated, that which the decorators were given.
         node: Its definition.
         self: The name of its first argument.
         parents: The parent of every node in it.
@@ -50,8 +49,13 @@ class Method:
     """
 
     def __init__(self, function: types.FunctionType) -> None:
-        if hasattr(function, "__wrapped__"):
-            raise Unreadable("is decorated")
+        self._wrappers: list[types.FunctionType] = []
+        while (inner := getattr(function, "__wrapped__", None)) is not None:
+            cells = [_content(cell) for cell in function.__closure__ or ()]
+            if not isinstance(inner, types.FunctionType) or not any(c is inner for c in cells):
+                raise Unreadable("is decorated by what does not call it from a closure")
+            self._wrappers.append(function)
+            function = inner
         code = function.__code__
         linecache.checkcache(code.co_filename)
         text = "".join(linecache.getlines(code.co_filename, function.__globals__))
@@ -59,7 +63,7 @@ class Method:
             file = _parsed(text)
             found, self._owner = file.functions[code.co_name, code.co_firstlineno]
         except (KeyError, SyntaxError, ValueError, RecursionError) as error:
-            why = "is decorated, or not in its source file" if text else "has no source"
+            why = "is not in its source file" if text else "has no source"
             raise Unreadable(why) from error
         self.function, self._imports = function, file.imports
         self.node = copy.deepcopy(found)
@@ -127,6 +131,8 @@ class Method:
         new.__module__, new.__doc__ = old.__module__, old.__doc__
         new.__annotations__ = old.__annotations__
         new.__dict__.update(old.__dict__)
+        for wrapper in reversed(self._wrappers):
+            old, new = wrapper, _wrapped(wrapper, old, new)
         return new
 
     def _compile(self) -> types.CodeType:
@@ -153,39 +159,9 @@ class Method:
         raise Unreadable("does not run the source that its file has")
 
 
-@dataclass
-class Chain:
-    """A batch normalisation, what its output passes through, and the activation at the end.
-
-    Attributes:
-        bn: Its path below the module whose method it is.
-        call: Where it is called.
-        through: The identities between, paths and calls.
-        add: The residual's addition: `+` or `+=`.
-        act: Where the activation is called.
-        module: The activation's path, where it is a module.
-        function: Its name and parameter, where it is a function.
-        producer: The module that computes what is normalised; where given, nothing else may hold
-            that.
-        called: The modules that are called between.
-        why: Why it cannot be fused.
-    """
-
-    bn: str
-    call: ast.Call
-    through: list[tuple[str, ast.Call]] = field(default_factory=list)
-    add: ast.AST | None = None
-    act: ast.Call | None = None
-    module: str | None = None
-    function: tuple[str, float | None] | None = None
-    producer: str | None = None
-    called: list[str] = field(default_factory=list)
-    why: str | None = None
-
-
 class _File(NamedTuple):
     functions: dict[tuple[str, int], tuple[ast.FunctionDef, str | None]]
-    """Those without decorators, by name and line, and the class that each is in."""
+    """By name and first line, and the class that each is in."""
     imports: list[ast.stmt]
     """Names that the file imports: calls of their attributes are compiled in another way."""
 
@@ -196,8 +172,9 @@ def _parsed(text: str) -> _File:
     with warnings.catch_warnings(action="ignore"):
         todo: list[tuple[ast.AST, str | None, bool]] = [(ast.parse(text), None, True)]
     for node, owner, outside in todo:
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
-            file.functions[node.name, node.lineno] = (node, owner)
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+            file.functions[node.name, first] = (node, owner)
         if isinstance(node, ast.Import | ast.ImportFrom) and outside:
             names = {one.asname or one.name.partition(".")[0] for one in node.names} - {"*"}
             file.imports.extend(ast.parse(f"import a as {name}").body[0] for name in names)
@@ -205,6 +182,31 @@ def _parsed(text: str) -> _File:
         outside = outside and not isinstance(node, _SCOPES)
         todo += [(child, owner, outside) for child in ast.iter_child_nodes(node)]
     return file
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+def _wrapped(
+    wrapper: types.FunctionType, old: types.FunctionType, new: types.FunctionType
+) -> types.FunctionType:
+    """A decorator's function around another than it was given; it may know itself, too."""
+    own = types.CellType()
+    cells = []
+    for cell in wrapper.__closure__ or ():
+        content = _content(cell)
+        cells.append(types.CellType(new) if content is old else own if content is wrapper else cell)
+    made = types.FunctionType(
+        wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, tuple(cells)
+    )
+    made.__kwdefaults__ = wrapper.__kwdefaults__
+    functools.update_wrapper(made, new)
+    own.cell_contents = made
+    return made
 
 
 def _bare(code: types.CodeType) -> types.CodeType:
@@ -234,53 +236,26 @@ def expressions(statement: ast.stmt) -> Iterator[ast.expr]:
         todo += [child for child in ast.iter_child_nodes(node) if not isinstance(child, _ELSEWHERE)]
 
 
-def rewrite(method: Method, chains: list[Chain]) -> types.FunctionType:
-    """The method with chains of its that are fused at run time (see `pydl.fuse_run.Fused`)."""
-    _Rewriter(method, chains).visit(method.node)
-    ast.fix_missing_locations(method.node)
-    return method.compiled()
+def targets(statement: ast.stmt) -> list[ast.Name]:
+    """The names that a statement does nothing to but bind them."""
+    if isinstance(statement, ast.Assign):
+        return [one for one in statement.targets if isinstance(one, ast.Name)]
+    if isinstance(statement, ast.AnnAssign) and statement.value is not None:
+        return [statement.target] if isinstance(statement.target, ast.Name) else []
+    return []
 
 
-class _Rewriter(ast.NodeTransformer):
-    """Hands a chain's steps to the container's `_pydl_begin`, `_pydl_add` and `_pydl_end`."""
+def uses_of(name: str, statement: ast.stmt) -> list[ast.Name]:
+    """Where a statement mentions a name, but for binding it."""
+    bound = targets(statement)
+    return [
+        node
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and node.id == name and node not in bound
+    ]
 
-    def __init__(self, method: Method, chains: list[Chain]) -> None:
-        self.method = method
-        self.begins = {chain.call: chain.producer for chain in chains}
-        self.adds = {chain.add for chain in chains}
-        self.modules = {call for chain in chains for _, call in chain.through}
-        self.modules |= {chain.act for chain in chains if chain.act and chain.module is not None}
-        self.functions = {chain.act: chain.function for chain in chains if chain.function}
 
-    def visit(self, node: ast.AST) -> Any:
-        self.generic_visit(node)
-        new = self._changed(node)
-        return new if new is node else ast.copy_location(new, node)
-
-    def _changed(self, node: Any) -> ast.AST:
-        if node in self.begins:
-            producer = self.begins[node]
-            own = f"{self.method.self}.{producer}"
-            extra = [] if producer is None else [ast.parse(own, mode="eval").body]
-            return self._call("begin", node.func, node.args[0], *extra)
-        if node in self.modules:
-            return self._call("end", node.func, node.args[0])
-        if node in self.functions:
-            known = [ast.Constant(value) for value in self.functions[node] or ()]
-            if not node.args:
-                return self._call("end", ast.Constant(node.func.attr), node.func.value, *known)
-            new = self._call("end", node.func, node.args[0], *known, *node.args[1:])
-            new.keywords = node.keywords
-            return new
-        if node in self.adds and isinstance(node, ast.BinOp):
-            return self._call("add", ast.Constant("add"), node.left, node.right)
-        if node in self.adds and isinstance(node.target, ast.Name):
-            left = ast.Name(node.target.id, ast.Load())
-            return ast.Assign(
-                [node.target], self._call("add", ast.Constant("iadd"), left, node.value)
-            )
-        return node
-
-    def _call(self, step: str, *args: ast.expr) -> ast.Call:
-        own = ast.Name(self.method.self, ast.Load())
-        return ast.Call(ast.Attribute(own, f"_pydl_{step}", ast.Load()), list(args), [])
+def places(node: ast.expr | ast.stmt) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where a node begins and where it ends: what stands before is evaluated before."""
+    end = (node.end_lineno or node.lineno, node.end_col_offset or node.col_offset)
+    return (node.lineno, node.col_offset), end

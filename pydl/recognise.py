@@ -91,7 +91,8 @@ def _key(module: nn.Module) -> _Key | None:
         if not isinstance(value, dict):
             if isinstance(value, Tensor):
                 return None
-            own.append((name, type(value), getattr(value, "__func__", value)))
+            plain = frozenset(value) if isinstance(value, set) else value
+            own.append((name, type(value), getattr(plain, "__func__", plain)))
     sizes = [(n, None if p is None else p.shape) for n, p in module._parameters.items()]
     key = (type(module), getattr(type(module), "forward"), *own, *sizes)  # noqa: B009
     try:

@@ -130,6 +130,7 @@ class _Match(NamedTuple):
     name: str = ""
     reason: str = ""
     why: str | None = None
+    form: Form | None = None
 
 
 class _Matcher:
@@ -149,7 +150,7 @@ class _Matcher:
             form = self._recognise(module) if own else ""
             if isinstance(form, Form):
                 why = "same values and gradients on random inputs"
-                return _Match(cls, derive(cls, form), str(form), why)
+                return _Match(cls, derive(cls, form), str(form), why, form=form)
             if base is None and named(module):
                 return _Match(above or cls, None, why=form if own else None)
         return None if base is None else _Match(base, None)
@@ -160,7 +161,7 @@ def replace(
     *,
     include: Patterns = None,
     exclude: Patterns = None,
-    fuse: bool = False,
+    fuse: bool = True,
     backend: str | None = None,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     dry_run: bool = False,
@@ -180,11 +181,13 @@ def replace(
             `named_modules`, with `*` and `?`; a function of (path, module). A type or name that
             fits a container stands for all in it.
         exclude: What to leave alone, likewise; it wins over `include`.
-        fuse: Compute a batch normalisation together with the activation that follows it, and with a
-            residual added between them, in one pass where the source of the container's method
-            shows that nothing else sees what is between; at each call, where `batch_norm_act` has a
-            backend for it. The container gets a class derived from its own. The backward pass needs
-            the residual, so changing that in place after the activation makes torch raise an error.
+        fuse: Compute steps of a container's method in one pass where its source shows that nothing
+            else sees what is between: a batch normalisation with the activation that follows it,
+            and with a residual added between them; a linear layer's bias with the activation; an
+            activation with the product that it goes into, as in a gated MLP; a sum with the layer
+            or RMS normalisation of it. At each call, where a backend has it in one pass. The
+            container gets a class derived from its own. The backward pass needs a residual, so
+            changing that in place after the activation makes torch raise an error.
         backend: Who computes in the twins; None for the automatic choice at each call (see
             `pydl.backends`).
         example_inputs: What to call the model with, to measure it before and after: a tensor, a
@@ -222,10 +225,19 @@ def replace(
     swaps: list[Swap] = []
     left: dict[int, str] = {}
     everything, match = walk(model), _Matcher()
+    forms: dict[int, Form] = {}
+    twinned: list[int] = []
     for found in everything:
         known = match(found.module)
         if known is None:
+            if type(found.module) is nn.Linear:
+                if excluded.matches(found):
+                    left[id(found.module)] = "excluded"
+                elif included.patterns and not included.fits(found):
+                    left[id(found.module)] = "not included"
             continue
+        if known.twin is not None:
+            twinned.append(id(found.module))
         path, cls = found.places[0].path, type(found.module)
         wanted, unwanted = included.matches(found) or not included.patterns, excluded.matches(found)
         why = _obstacle(found, known.base, backend) or known.why if wanted else "not included"
@@ -240,9 +252,13 @@ def replace(
         report.replaced.append(Replaced(path, class_name(cls), known.name, reason))
         twin, places = _twin(found.module, known.twin), [(q.parent, q.name) for q in found.places]
         swaps.append(Swap(found.module, twin, places))
+        if known.form is not None:
+            forms[id(found.module)] = known.form
     report.notes += included.notes() + excluded.notes()
-    fusions = plan(everything, left) if fuse and backend != "torch" else Plan()
-    if fuse and backend == "torch":
+    fusions = Plan()
+    if fuse and backend != "torch":
+        fusions = plan(everything, left, forms, twinned, backend)
+    elif fuse:
         report.notes.append("nothing is fused: backend 'torch' takes one step at a time")
     report.fused, report.unfused = fusions.fused, fusions.unfused
     before = None if given is None else copied(model)

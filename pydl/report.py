@@ -40,8 +40,8 @@ class Skipped(NamedTuple):
 
 
 class Fusion(NamedTuple):
-    """A batch normalisation that runs together with what follows it: its path, all of it, whose
-    method does it, and why that is right."""
+    """Steps that run in one pass: the path of the module that they begin with or are about, what
+    they are, whose method does it, and why that is right."""
 
     path: str
     what: str
@@ -73,9 +73,9 @@ class Report:
             itself is "".
         skipped: (path, type, why) of each module left alone that is, or derives from, a type with a
             twin.
-        fused: (path, what, new, reason) of each batch normalisation that runs in one pass with the
-            activation that follows it; `new` is the method that does so.
-        unfused: (path, type, why) of each that does not, but for those in `skipped`.
+        fused: (path, what, new, reason) of each module that runs in one pass with what stands
+            beside it; `new` is the method that does so.
+        unfused: (path, type, why) of each that might have and does not, but for those in `skipped`.
         measured: What came of `example_inputs`, before and after; None without.
         notes: What else is to be known, such as a pattern that fits nothing.
         dry_run: Nothing was changed.
@@ -176,7 +176,7 @@ class Report:
         lines += _table([(f"{old} -> {new}", paths) for (old, new), paths in pairs.items()])
         methods: dict[tuple[str, str], list[str]] = {}
         for fusion in self.fused:
-            methods.setdefault((fusion.what, fusion.new), []).append(fusion.path)
+            methods.setdefault((fusion.what, fusion.new), []).append(fusion.path or "(the model)")
         if methods:
             lines.append("fused, in one pass")
             lines += _table([(f"{what} in {new}", paths) for (what, new), paths in methods.items()])

@@ -70,11 +70,15 @@ class Filter:
     def matches(self, found: Found) -> bool:
         """Whether a pattern fits the module; types and names also where they fit a container of
         it."""
-        fits = [
-            p for p in self.patterns if any(self._fits(p, found.module, q) for q in found.places)
-        ]
+        fits = self.fits(found)
         self.unused = [p for p in self.unused if p not in fits]
         return bool(fits)
+
+    def fits(self, found: Found) -> list[Pattern]:
+        """The patterns that fit; those do not count as used by it."""
+        return [
+            p for p in self.patterns if any(self._fits(p, found.module, q) for q in found.places)
+        ]
 
     @staticmethod
     def _fits(pattern: Pattern, module: nn.Module, place: Place) -> bool:

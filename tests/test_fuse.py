@@ -106,7 +106,7 @@ def test_refused(cls: type[Base], why: str, passes: list[str]) -> None:
     plain = cls().double()
     fused = copy.deepcopy(plain)
     report = fuse(fused, backend="reference")
-    assert not report.fused and type(fused) is cls
+    assert not [one for one in report.fused if one.path == "bn1"]
     assert [why in one.why for one in report.unfused if one.path == "bn1"] == [True]
     with torch.no_grad():
         close(fused(X), plain(X))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import pydl
+from pydl import recognise
 from pydl.recognise import Recogniser, candidate
 from tests import harness
 
@@ -158,3 +159,17 @@ def test_leaves_no_trace() -> None:
     meta = nn.Sequential(Norm().to("meta"))
     pydl.replace(meta, backend="cpu")
     assert meta(torch.empty(2, WIDTH, device="meta", dtype=torch.bfloat16)).is_meta
+
+
+def test_modules_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    acts = pytest.importorskip("transformers.activations", reason="transformers is missing")
+    tried, real = [], recognise._recognise
+
+    def counted(module: nn.Module) -> object:
+        tried.append(module)
+        return real(module)
+
+    monkeypatch.setattr(recognise, "_recognise", counted)
+    several = [acts.GELUActivation() for _ in range(5)]
+    report = pydl.replace(nn.Sequential(*several, acts.NewGELUActivation()))
+    assert len(report) == 6 and len(tried) == 2

@@ -13,7 +13,7 @@ from pydl.nn.activation import (
     Swish,
     Tanh,
 )
-from pydl.nn.attention import MultiheadAttention, TransformerEncoderLayer
+from pydl.nn.attention import MultiheadAttention
 from pydl.nn.attention_ops import AdditiveAttention, LocalAttention, ScaledDotProductAttention
 from pydl.nn.batch_norm import (
     BatchNorm1d,
@@ -32,6 +32,7 @@ from pydl.nn.blocks import (
     PreActResBlock,
     StandardResBlock,
 )
+from pydl.nn.encoder import TransformerEncoderLayer
 from pydl.nn.gated import GEGLU, GLU, BiasAct, GatedAct, MishGLU, ReGLU, SwiGLU
 from pydl.nn.linear_attention import LinearAttention
 from pydl.nn.norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm

@@ -7,6 +7,7 @@ does not cover (a dtype, mixed dtypes, other arguments) runs the class' own `for
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -79,17 +80,30 @@ def covers(form: Form, module: Any, x: Any) -> bool:
 
 def apply(form: Form, module: Any, x: Tensor, backend: str | None) -> Tensor:
     """Computes a form with a module's parameters."""
-    function, given = getattr(functional, form.function), dict(form.arguments)
+    function: Callable[..., Tensor] = getattr(functional, form.function)
     if not form.eps:
-        return function(x, **given, backend=backend)
+        return function(x, **dict(form.arguments), backend=backend)
+    return function(x, x.shape[-1:], **_parameters(form, module), backend=backend)
+
+
+def add(
+    form: Form, module: Any, x: Tensor, residual: Tensor, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """A normalisation's form of `residual + x`, and that sum, in one pass."""
+    function: Callable[..., tuple[Tensor, Tensor]] = getattr(functional, f"add_{form.function}")
+    return function(x, residual, x.shape[-1:], **_parameters(form, module), backend=backend)
+
+
+def _parameters(form: Form, module: Any) -> dict[str, Any]:
+    """A normalisation's weight, bias and eps."""
+    given = dict(form.arguments)
     weight = module._parameters["weight"]
     if form.offset:
         # In fp32 at least: 1 + weight in 16 bits would lose the weight's last places.
         weight = form.offset + (weight if weight.dtype == torch.float64 else weight.float())
     if form.function == "layer_norm":
         given["bias"] = module._parameters.get("bias")
-    eps = getattr(module, form.eps)
-    return function(x, x.shape[-1:], weight, **given, eps=eps, backend=backend)
+    return {**given, "weight": weight, "eps": getattr(module, form.eps)}
 
 
 def derive(base: type, form: Form) -> type:
