@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class Rule:
         outputs: How many differentiable outputs there are; of several, each has the dtype of the
             tensor in its place among the arguments.
         wide_outputs: How many of the last of them are in what is computed in, fp32 at least.
+        shards: `(*tensors, *scalars) -> (names of each tensor's dimensions, names of each
+            output's)`, for DTensors. Dimensions of one name may be cut into shards, all alike, and
+            the op runs on each; of name None they may not. Of several outputs the extras count too
+            where they are returned. The first list may go on with scalars that are tensors, or
+            "seed" for one of dropout. None where `pointwise`, else for no rule.
     """
 
     name: str
@@ -54,6 +60,7 @@ class Rule:
     extras: int = 0
     outputs: int = 1
     wide_outputs: int = 0
+    shards: Callable[..., tuple[Sequence[Any], Sequence[Any]]] | None = None
 
 
 def wide(tensor: Any) -> Any:
@@ -117,6 +124,21 @@ def special() -> bool:
     Then the definition computes: every transform sees through it, and not through a kernel.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; imports nothing to find out."""
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
+
+
+def on_shards(rule: Rule, call: Callable[..., Any], *args: Any) -> Any:
+    """`call(*args)` where the first of the tensors is a DTensor."""
+    from pydl import shards
+
+    return shards.run(rule, call, args)
 
 
 def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
@@ -215,6 +237,9 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
 
     Forward.__name__ = Forward.__qualname__ = "".join(part.title() for part in rule.name.split("_"))
     Backward.__name__ = Backward.__qualname__ = Forward.__name__ + "Gradient"
+    for function in (Forward, Backward):  # as graphs and profiles show their nodes
+        node: Any = function._backward_cls  # type: ignore[attr-defined]
+        node.__name__ = node.__qualname__ = f"{function.__name__}Backward"
     # Function.apply binds default arguments by inspection, which takes longer than a small kernel;
     # outside of functorch its base does all that is needed.
     plain_apply = super(Function, Forward).apply
@@ -226,6 +251,8 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
             if not whole:
                 return out
             return (*(out if outputs > 1 else (out,)), *(None for _ in range(rule.extras)))
+        if type(args[0]) not in _PLAIN and sharded(args[0]) and backend != "torch":
+            return on_shards(rule, partial(call, backend), *args)
         if torch.is_grad_enabled():
             for tensor in args[:n]:
                 if tensor is not None and tensor.requires_grad:

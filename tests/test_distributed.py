@@ -108,10 +108,7 @@ def work(rank: int, world: int, folder: Path) -> None:
     """One process: trains in every way, and stores losses and parameters."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/meet", timedelta(seconds=60), world_size=world, rank=rank
-    )
+    meet(rank, world, folder)
     found: dict[str, Any] = {}
     for way in WAYS:
         model = distributed(way)
@@ -124,15 +121,27 @@ def work(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: Any) -> list[dict[str, Any]]:
-    """What each process found."""
+def started(work: Any, folder: Path) -> list[dict[str, Any]]:
+    """What each process stored that ran `work(rank, world, folder)`."""
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("torch is built without gloo")
-    folder = tmp_path_factory.mktemp("ranks")
     multiprocessing.set_forkserver_preload(["torch", "pydl.nn"])
     torch.multiprocessing.start_processes(work, (WORLD, folder), WORLD, start_method="forkserver")
     return [torch.load(folder / str(i), weights_only=False) for i in range(WORLD)]
+
+
+def meet(rank: int, world: int, folder: Path) -> None:
+    """Makes the process one of a group."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/meet", timedelta(seconds=60), world_size=world, rank=rank
+    )
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: Any) -> list[dict[str, Any]]:
+    """What each process found."""
+    return started(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def _of_one(
     group = q.shape[1] // max(1, k.shape[1])
     k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
     if k.shape[2] == 0 or q.shape[2] == 0:
-        none = (q.sum(-1, keepdim=True) + k.sum() + v.sum()) * 0
+        none = q[..., :0].sum(-1, keepdim=True) + k[..., :0].sum() + v[..., :0].sum()
         return none.expand(*q.shape[:3], v.shape[3]), none - math.inf
     x = (q * s.scale) @ k.transpose(-1, -2)
     if s.softcap > 0:
@@ -169,6 +169,9 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
         return torch.empty(of.shape, dtype=autograd.wide_dtype(q), device=q.device)
 
     dmask, drelative = wide(mask, needs[3]), wide(relative, needs[4])
+    if q.numel() == 0 or k.numel() == 0:  # kernels return early; a bias has a gradient all the same
+        for grad in (dmask, drelative):
+            grad.zero_()
     scratch = none
     if backend == "cuda":
         count = prod(q.shape[:3])
@@ -185,13 +188,20 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
         dq,
         dk,
         dv,
-        dmask.to(mask.dtype) if mask is not None and dmask.numel() else None,
-        drelative.to(relative.dtype) if relative is not None and drelative.numel() else None,
+        None if dmask is none or mask is None else dmask.to(mask.dtype),
+        None if drelative is none or relative is None else drelative.to(relative.dtype),
     )
+
+
+def _shards(*args: Any) -> tuple[list, list]:
+    """Batch and heads; of packed sequences heads alone."""
+    b = None if Settings(*args[5:]).offsets_q is not None else "batch"
+    names = (b, "heads", None, None)
+    return [names, names, names, names, (None, "heads", None, None), "seed"], [names, names]
 
 
 RULE = Rule(
     "attention", 5, _forward, _backward, definition, extras=1, outputs=2, wide_outputs=1,
-    saves=lambda given, made: (*given, *made),
+    saves=lambda given, made: (*given, *made), shards=_shards,
 )  # fmt: skip
 call: Callable[..., tuple[Tensor, Tensor]] = autograd.make(RULE)

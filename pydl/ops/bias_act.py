@@ -96,12 +96,13 @@ def _forward(
     backend: str, x: Tensor, bias: Tensor, seed: Tensor | None, act: int, parameter: float,
     p: float, dim: int,
 ) -> Tensor:  # fmt: skip
-    x = x.contiguous() if p > 0 else x
+    # The mask goes by the logical order.
+    given, x = x, x.contiguous() if p > 0 else x
     y = empty_like(x)
     kernel(backend, "bias_act_fwd")(
         y, x, _broadcast(x, bias, dim).expand_as(x), seed, act, parameter, p
     )
-    return y
+    return y if x is given else empty_like(given).copy_(y)
 
 
 def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
@@ -117,7 +118,12 @@ def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tup
     return channels.unfold(dx), total
 
 
-_RULE = Rule("bias_act", 2, _forward, _backward, _reference)
+def _shards(x: Tensor, *args: Any) -> tuple[list, list]:
+    dims = range(x.dim())
+    return [dims, (args[-1],), "seed"], [dims]
+
+
+_RULE = Rule("bias_act", 2, _forward, _backward, _reference, shards=_shards)
 _call = autograd.make(_RULE)
 
 

@@ -137,6 +137,11 @@ def run(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if chosen == "reference":
         return autograd.in_reference(RULE, q, k, v, mask, relative, *settings)
+    if autograd.sharded(q):
+        return autograd.on_shards(
+            RULE, lambda q, k, v, m, r, *s: run(chosen, q, k, v, m, r, Settings(*s)), q, k, v, mask,
+            relative, *settings,
+        )  # fmt: skip
     if relative is None and decoding.fits(q, mask, settings):
         return decoding.attend(chosen, q, k, v, settings)
     return call(chosen, q, k, v, mask, relative, *settings)

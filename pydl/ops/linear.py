@@ -65,7 +65,7 @@ def _decay(op: str, decay: float | Tensor | None, q: Tensor, causal: bool) -> Te
         raise refusal(op, "decay was given without causal: it needs an order of keys")
     wide = autograd.wide_dtype(q)
     if not isinstance(decay, Tensor):
-        decay = torch.full((q.shape[1],), float(decay), dtype=wide, device=q.device)
+        decay = q.new_full((q.shape[1],), float(decay), dtype=wide)
     decay = _fits(op, "decay", decay, q, (q.shape[1],), (wide, q.dtype))
     # Reading it is free here only.
     readable = decay.device.type == "cpu" and not torch.compiler.is_compiling()

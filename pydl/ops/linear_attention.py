@@ -206,7 +206,8 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
     dq, dk, dv = (rows(empty_like(t)) for t in (q, k, v))
     none = _room(q, 0)
     hidden, *further = settings
-    ddecay = torch.empty_like(decay) if needs[3] else none
+    # Kernels return early where there is no batch; a decay has a gradient all the same.
+    ddecay = torch.zeros_like(decay) if needs[3] else none
     count = _pieces(backend, q, k, v)
     # On a GPU, where not causal, keys get their gradients through the first state's.
     flows = state is not None or (count > 0 and not settings[2])
@@ -231,9 +232,14 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
     )  # fmt: skip
 
 
+def _shards(*_: Any) -> tuple[list, list]:
+    rows = ("batch", "heads", None, None)
+    return [rows, rows, rows, ("heads",), rows, rows[:3], ("batch", None)], [rows, rows, rows[:3]]
+
+
 RULE = Rule(
     "linear_attention", 6, _forward, _backward, chunked, extras=1, outputs=3, wide_outputs=2,
-    saves=lambda given, made: (*given, *made),
+    saves=lambda given, made: (*given, *made), shards=_shards,
 )  # fmt: skip
 PLAIN = dataclasses.replace(RULE, reference=definition)
 call: Callable[..., Outputs] = autograd.make(RULE)

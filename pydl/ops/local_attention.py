@@ -133,7 +133,7 @@ class _Steps:
     def __init__(self, like: Tensor, d: int) -> None:
         self._d, self._batch, self._length = d, like.shape[0], like.shape[2]
         self._each = -(-self._length // d)
-        self._device = like.device
+        self._like = like
 
     def apart(self, x: Tensor) -> Tensor:
         b, h, n, e = x.shape
@@ -142,7 +142,7 @@ class _Steps:
 
     def mask(self, mask: Tensor | None) -> Tensor:
         """Of the keys, where the padding is hidden."""
-        here = torch.ones(1, 1, 1, self._length, dtype=torch.bool, device=self._device)
+        here = self._like.new_ones(1, 1, 1, self._length, dtype=torch.bool)
         mask = (here if mask is None else mask).expand(self._batch, 1, 1, self._length)
         return self.apart(mask.transpose(2, 3)).transpose(2, 3)
 

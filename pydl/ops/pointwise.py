@@ -65,7 +65,7 @@ def unary(name: str, reference: Callable[..., Tensor], derivative: Callable | No
             return (None, *got, *(None for _ in ctx.scalars))
 
     def inplace(backend: str, x: Tensor, *scalars: float) -> Tensor:
-        special = torch.compiler.is_compiling() or autograd.special()
+        special = torch.compiler.is_compiling() or autograd.special() or autograd.sharded(x)
         grad = torch.is_grad_enabled() and x.requires_grad
         if grad and not special:
             base = x._base if x._is_view() else x
@@ -112,7 +112,7 @@ def learnt(name: str, reference: Callable[..., Tensor]) -> Rule:
 
     def backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
         x, parameter = saved
-        channels = Channels(x, 1 if parameter.numel() > 1 else None)
+        channels = Channels(x, None if parameter.numel() == 1 else 1)
         x3 = channels.fold(x)
         dx = empty_like(x3)
         total, partials = sums(x3, parameter)
@@ -120,4 +120,8 @@ def learnt(name: str, reference: Callable[..., Tensor]) -> Rule:
         kernel(backend, bwd)(dx, total, partials, channels.fold(dy), x3, flat)
         return channels.unfold(dx), total.view(parameter.shape)
 
-    return Rule(name, 2, forward, backward, reference)
+    def shards(x: Tensor, parameter: Tensor) -> tuple[list, list]:
+        dims = range(x.dim())
+        return [dims, (1 if parameter.numel() > 1 else None,) * parameter.dim()], [dims]
+
+    return Rule(name, 2, forward, backward, reference, shards=shards)

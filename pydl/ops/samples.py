@@ -32,13 +32,20 @@ def row_shapes(elements: int) -> list[tuple[int, ...]]:
     return [(max(1, elements // n), min(elements, n)) for n in (256, 1024, 4096)]
 
 
+def _images(elements: int, channels: int, side: int) -> tuple[int, ...]:
+    """Two at least, of fewer channels where so many are too many elements."""
+    channels = max(1, min(channels, elements // (2 * side * side)))
+    return max(2, elements // (channels * side * side)), channels, side, side
+
+
 def channel_shapes(elements: int) -> list[tuple[int, ...]]:
-    """Images of few and of many channels, and features without positions."""
-    images = [(64, 28), (256, 7)]
-    return [
-        *((max(2, elements // (c * side * side)), c, side, side) for c, side in images),
-        (max(2, elements // 256), 256),
-    ]
+    """Images of few and of more channels."""
+    return [_images(elements, 64, 28), _images(elements, 128, 14)]
+
+
+def short_channel_shapes(elements: int) -> list[tuple[int, ...]]:
+    """Images of few positions, and features without positions."""
+    return [_images(elements, 256, 7), (max(2, elements // 256), 256)]
 
 
 def head_shapes(elements: int) -> list[tuple[int, ...]]:
