@@ -3,17 +3,19 @@ automatic choice.
 
 Every op is measured over sizes, forward under no_grad and forward with backward, as a user calls
 it: through the public function, against native PyTorch, interleaved. A kernel is taken from the
-smallest size on at which, and at every larger one, it is faster by 3 % at least on all of the row's
-shapes of that size; close calls are measured twice. The result replaces the device's part of
-`pydl/calibration.json` and leaves other devices' parts alone.
+smallest size on at which it is faster by 3 % (geometric mean over the row's shapes of that size),
+if at that and every larger size it is slower on none of them; close calls are measured twice. The
+largest size, 64 million elements, is measured on one shape, and not for attention. The result
+replaces the device's part of `pydl/calibration.json` and leaves other devices' parts alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,17 +25,21 @@ from bench import machine
 from bench.measure import Budget, interleaved
 from bench.options import KERNELS, Settings
 from bench.parity import several
+from bench.report import geometric_mean
 from pydl import backends, calibration
-from pydl.table import TABLE, Case, Make, Op
+from pydl.table import TABLE, Case, Make, Op, Sized
 
 TABLE_FILE = Path(calibration.__file__).with_name("calibration.json")
 DTYPES = ("float32", "bfloat16", "float16")  # fp64 stays native
-SIZES = tuple(4**k for k in range(5, 12))  # 1 thousand to 4 million elements
-GAIN = 1.03
+LARGEST = 1 << 26  # 64 million elements
+SIZES = (*(4**k for k in range(5, 12)), LARGEST)  # from 1 thousand to 4 million, and the largest
+GAIN, EVEN = 1.03, 0.98
 BUDGET = Budget(seconds=0.05, rounds=5, sample=1e-4, most=40)
+LONG = Budget(seconds=0.0, rounds=3, sample=0.0, most=3)
 QUICK = Budget(seconds=0.01, rounds=3, sample=1e-5, most=5)
 
 
+QUADRATIC = ("attention", "linear_attention", "score")
 Adapt = Callable[[Case], Case]
 
 
@@ -46,17 +52,31 @@ def _from_all(case: Case) -> Case:
     return Case(case.label, case.args[:3], {})
 
 
-def keys() -> Iterator[tuple[str, Op, tuple[Adapt, ...]]]:
-    """What `choose` is asked about, and the calls that decide it: the ops, and two that one
-    function serves by other kernels."""
+class Key(NamedTuple):
+    """What `choose` is asked about, and the calls that decide it."""
+
+    name: str
+    op: Op
+    adapts: tuple[Adapt, ...]
+    sized: Sized
+
+
+def entries() -> Iterator[Key]:
+    """The ops, what they have measured apart, and two that one function serves by other kernels."""
     for op in TABLE.values():
         both_ways = op.name in ("scaled_dot_product_attention", "linear_attention")
-        yield op.name, op, (_same, _from_all) if both_ways else (_same,)
-    yield "gelu_tanh", TABLE["gelu"], (lambda case: Case(case.label, (case.args[0], "tanh")),)
-    yield (
+        yield Key(op.name, op, (_same, _from_all) if both_ways else (_same,), op.sized)
+        for name, sized in op.apart.items():
+            yield Key(name, op, (_same,), sized)
+    gelu, swish = TABLE["gelu"], TABLE["swish"]
+    yield Key(
+        "gelu_tanh", gelu, (lambda case: Case(case.label, (case.args[0], "tanh")),), gelu.sized
+    )
+    yield Key(
         "swish_learnt",
-        TABLE["swish"],
+        swish,
         (lambda case: Case(case.label, (case.args[0], case.args[0].new_full((1,), 1.5))),),
+        swish.sized,
     )
 
 
@@ -86,27 +106,35 @@ def ratio(op: Op, case: Case, backend: str, grad: bool, budget: Budget) -> float
     return times["native"].median / times["kernel"].median
 
 
-def slowest(op: Op, cases: list[Case], backend: str, grad: bool, quick: bool) -> float:
-    """The ratio of the call on which the kernel gains least; close ones are measured twice."""
+class Gains(NamedTuple):
+    """Over the calls of one size: the ratio of the one that gains least, and the mean of all."""
+
+    least: float
+    mean: float
+
+
+def gains(op: Op, cases: Iterable[Case], backend: str, grad: bool, budget: Budget) -> Gains:
+    """Ratios of the calls of one size; close ones are measured twice."""
     found = []
     for case in cases:
-        got = ratio(op, case, backend, grad, QUICK if quick else BUDGET)
-        if abs(got - 1) < 0.05 and not quick:
-            got = min(got, ratio(op, case, backend, grad, BUDGET))
+        got = ratio(op, case, backend, grad, budget)
+        if abs(got - 1) < 0.05 and budget is not QUICK:
+            got = math.sqrt(got * ratio(op, case, backend, grad, budget))
         found.append(got)
         if got < 0.6:
             break
-    return min(found)
+    return Gains(min(found), geometric_mean(found))
 
 
-def smallest(ratios: dict[int, float]) -> int:
-    """The size from which on every ratio is a gain, or -1."""
-    found = -1
-    for size in sorted(ratios, reverse=True):
-        if ratios[size] < GAIN:
+def smallest(found: dict[int, Gains]) -> int:
+    """The size from which on no call loses and which itself is a gain, or -1."""
+    best = -1
+    for size in sorted(found, reverse=True):
+        if found[size].least < EVEN:
             break
-        found = size
-    return found
+        if found[size].mean >= GAIN:
+            best = size
+    return best
 
 
 def measure(
@@ -114,28 +142,32 @@ def measure(
 ) -> dict[str, Any]:
     """{op: {dtype: [backend, elements, elements with gradient]}}, each entry measured."""
     table: dict[str, Any] = {}
-    found = [entry for entry in keys() if entry[1].name in ops]
+    chosen = [entry for entry in entries() if entry.op.name in ops]
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("calibrating", total=len(found) * len(DTYPES))
-        for key, op, adapts in found:
+        task = progress.add_task("calibrating", total=len(chosen) * len(DTYPES))
+        for key, op, adapts, sized in chosen:
             for name in DTYPES:
                 dtype = getattr(torch, name)
                 if dtype not in op.dtypes or not backends.takes(backend, dtype):
                     continue
                 limits = []
                 for grad in (False, True):
-                    ratios: dict[int, float] = {}
+                    found: dict[int, Gains] = {}
                     for size in sorted(sizes, reverse=True):
+                        shapes = list(dict.fromkeys(sized(size)))
+                        budget = QUICK if quick else BUDGET
+                        if size == LARGEST:
+                            if op.family in QUADRATIC:
+                                continue
+                            shapes, budget = shapes[:1], LONG
                         make = Make(dtype, device, key)
-                        cases = [
-                            adapt(op.bench(make, shape))
-                            for shape in dict.fromkeys(op.sized(size))
-                            for adapt in adapts
-                        ]
-                        ratios[size] = slowest(op, cases, backend, grad, quick)
-                        if ratios[size] < 0.6:  # smaller ones are further behind
+                        cases = (
+                            adapt(op.bench(make, shape)) for shape in shapes for adapt in adapts
+                        )
+                        found[size] = gains(op, cases, backend, grad, budget)
+                        if found[size].least < 0.6:  # smaller ones are further behind
                             break
-                    limits.append(smallest(ratios))
+                    limits.append(smallest(found))
                 table.setdefault(key, {})[name] = [backend, *limits]
                 progress.update(task, advance=1, description=f"{key} {name}")
     return table

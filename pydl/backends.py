@@ -199,8 +199,10 @@ def choose(
     first: Tensor,
     *others: Tensor,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
+    key: Callable[[str, Tensor], str] | None = None,
 ) -> str:
-    """The backend that serves this call.
+    """The backend that serves this call; `key(op, first)` is what it was measured as, where that is
+    not always `op`.
 
     Raises:
         RuntimeError: the backend asked for cannot serve it; the message lists every reason.
@@ -215,7 +217,7 @@ def choose(
     name = requested(argument)
     tensors = (first, *others)
     if name is None:
-        return automatic(op, *tensors)
+        return automatic(key(op, first) if key else op, *tensors)
     if name in ("torch", "reference"):
         return name
     reasons = []
@@ -245,21 +247,40 @@ def choose(
     return name
 
 
-def automatic(op: str, *tensors: Tensor) -> str:
-    """The fastest backend measured, native PyTorch where none was, or where a tensor is special."""
+def below(op: str, like: Tensor, elements: int) -> bool:
+    """Whether native PyTorch is the fastest for so many elements of a tensor's kind, and nothing
+    else is asked for."""
+    limits = calibration.limits(like.device.type, op, like.dtype)
+    return (limits is None or elements < min(limits[1:])) and requested(None) is None
+
+
+def automatic(
+    op: str, *tensors: Tensor, elements: int | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """The fastest backend measured, native PyTorch where none was, or where a tensor is special.
+
+    `elements` and `dtype` are those of the op's own input where the first tensor is another.
+    """
     first = tensors[0]
-    limits = calibration.limits(first.device.type, op, first.dtype)
+    limits = calibration.limits(first.device.type, op, dtype or first.dtype)
     if limits is None:
         return "torch"
     backend, smallest, smallest_with_grad = limits
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if first.numel() < (smallest_with_grad if grad else smallest):
+    size = first.numel() if elements is None else elements
+    if size < (smallest_with_grad if grad else smallest):
         return "torch"
     for tensor in tensors:
         plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
         same = tensor.dtype == first.dtype and tensor.device == first.device
         if not (plain and same and tensor.layout == torch.strided) or tensor.is_nested:
-            return "torch"
+            if not same or not hasattr(first, "device_mesh") or torch.compiler.is_compiling():
+                return "torch"
+            from pydl import shards
+
+            n = shards.elements(tensors)
+            large = n is not None and n >= (smallest_with_grad if grad else smallest)
+            return backend if large else "torch"
     return backend
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,10 @@ class Cost:
     backward_flops: int = 0
 
 
+Sized = Callable[[int], Iterable[tuple[int, ...]]]
+"""Shapes of about so many elements."""
+
+
 def _rows_of_1024(elements: int) -> list[tuple[int, ...]]:
     return [(max(1, elements // 1024), min(elements, 1024))]
 
@@ -105,6 +109,7 @@ class Op:
         dtypes: What the kernels take.
         sized: Shapes for `bench` of about so many elements, unlike each other: a kernel is chosen
             from a size on where it wins on all of them.
+        apart: The same for calls that are measured by themselves, by the key of their measurement.
     """
 
     name: str
@@ -123,7 +128,8 @@ class Op:
         torch.bfloat16,
         torch.float64,
     )
-    sized: Callable[[int], Iterable[tuple[int, ...]]] = _rows_of_1024
+    sized: Sized = _rows_of_1024
+    apart: Mapping[str, Sized] = field(default_factory=dict, hash=False)
 
     @property
     def schema(self) -> str:

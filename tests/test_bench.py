@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bench.__main__ as command
-from bench import calibrate, measure, modes, options, parity, report, rows
+from bench import calibrate, measure, models, modes, options, parity, report, rows
 from bench.options import Settings
 from pydl import calibration
 from pydl.table import TABLE, Op
@@ -143,9 +143,16 @@ def test_heap_reuse_is_checked() -> None:
 
 
 def test_smallest_gain() -> None:
-    assert calibrate.smallest({1024: 0.9, 4096: 1.2, 16384: 2.0}) == 4096
-    assert calibrate.smallest({1024: 1.5, 4096: 1.0, 16384: 2.0}) == 16384
-    assert calibrate.smallest({1024: 1.5, 4096: 0.9}) == -1
+    def smallest(**ratios: tuple[float, float]) -> int:
+        return calibrate.smallest(
+            {int(size[1:]): calibrate.Gains(*pair) for size, pair in ratios.items()}
+        )
+
+    assert smallest(n1=(0.9, 0.9), n4=(1.2, 1.3), n16=(2.0, 2.0)) == 4
+    assert smallest(n1=(1.5, 1.5), n4=(0.9, 1.5), n16=(2.0, 2.0)) == 16
+    assert smallest(n1=(1.5, 1.5), n4=(1.0, 1.01), n16=(0.99, 1.5)) == 1
+    assert smallest(n1=(1.0, 1.01), n4=(1.0, 1.2)) == 4
+    assert smallest(n1=(1.5, 1.5), n4=(0.9, 0.9)) == -1
 
 
 def test_calibration_writes_what_it_measured(tmp_path: Path) -> None:
@@ -172,3 +179,14 @@ def test_pytest_benchmark() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "relu 8x64 float32 backward" in done.stdout and "4 passed" in done.stdout
+
+
+def test_whole_models(tmp_path: Path) -> None:
+    """They learn the same after `pydl.replace`; small ones, whose times say nothing."""
+    pytest.importorskip("transformers", reason="transformers is missing")
+    assert models.main(["--quick", "--backend", "cpu", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "models.json").read_text())
+    assert found["models"].keys() == models.MODELS.keys()
+    for one in found["models"].values():
+        assert one["ratio"] > 0 and " 0 fused" not in one["what"]
+    assert 0 < found["replace_bert_base_seconds"] < 30

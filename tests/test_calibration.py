@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import pydl
+import pydl.functional as F
+from bench import calibrate
 from pydl import backends, calibration
+from pydl.nn.steps import batch_norm_worthwhile
 from tests import harness
 
 
@@ -60,3 +64,37 @@ def test_calibration_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     finally:
         monkeypatch.undo()
         calibration.reload()
+
+
+def test_channels_of_few_values_are_measured_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What 7 x 7 images lose keeps no kernel from 14 x 14 ones, in the fused pass neither."""
+    path = tmp_path / "calibration.json"
+    names = ("batch_norm", "batch_norm_act", "instance_norm", "group_norm")
+    sizes = {name: {"float32": ["cpu", 1, 1]} for name in names}
+    path.write_text(json.dumps({"sizes": {"cpu": sizes}}))
+    monkeypatch.setenv("PYDL_CALIBRATION", str(path))
+    norm = pydl.nn.BatchNorm2d(4)
+    calls = {
+        "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+        "batch_norm_act": lambda x: F.batch_norm_act(x, None, None, training=True),
+        "instance_norm": lambda x: F.instance_norm(x),
+        "group_norm": lambda x: F.group_norm(x, 2),
+    }
+    try:
+        calibration.reload()
+        for side, ours in ((14, True), (7, False)):
+            x = torch.randn(3, 4, side, side, requires_grad=True)
+            for name, call in calls.items():
+                found = type(call(x).grad_fn).__name__
+                assert found.startswith("BatchNormBackward") == ours, (name, side, found)
+            assert batch_norm_worthwhile(norm, x) == ours
+    finally:
+        monkeypatch.undo()
+        calibration.reload()
+
+
+def test_the_table_that_ships_has_every_key() -> None:
+    measured = {op for device, op, _ in calibration.read() if device == "cpu"}
+    assert {name for name, *_ in calibrate.entries()} == measured
