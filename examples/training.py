@@ -64,7 +64,7 @@ def options(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 def replaced(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     """The model after `pydl.replace`, which prints what it did."""
-    report = pydl.replace(model.to(args.device), fuse=True, backend=args.backend)
+    report = pydl.replace(model.to(args.device), backend=args.backend)
     print(str(report).splitlines()[0])
     return report.model
 
