@@ -128,7 +128,10 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{doc} modules of these names, with * and ?",
         )
     swap.add_argument(
-        "--fuse", action="store_true", help="batch normalisations with what follows them"
+        "--fuse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute steps that stand side by side in one pass",
     )
     swap.add_argument("--backend", choices=NAMES, help="who computes; default: automatic")
     about = "prints the op table in Markdown, as the README has it"

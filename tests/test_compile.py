@@ -113,7 +113,7 @@ def test_inductor(name: str) -> None:
 def test_automatic_choice(op: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a backend named, the measured table decides while tracing as it does in eager."""
     case = max(_variants(op, "cpu"), key=lambda case: case.args[0].dim())
-    names = [op.name, f"{op.name}_learnt", f"{op.name}_tanh"]
+    names = [op.name, *op.apart, f"{op.name}_learnt", f"{op.name}_tanh"]
     path = tmp_path / "calibration.json"
     monkeypatch.setenv("PYDL_CALIBRATION", str(path))
     try:

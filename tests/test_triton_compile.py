@@ -28,6 +28,7 @@ _TILES = {
     "last": {"LAST": True, "PACK": None, "ROWS": 8, "COLUMNS": 128},
 }
 _NORMED = {"ACT": 7, "RESIDUAL": True, "WEIGHT": True, "BIAS": True}
+_SCORE_TILE = {"ROWS": 16, "OTHERS": 8, "NUMBERS": 16}
 KERNELS = {
     **{
         f"unary_fwd {a}": ("activation", "unary_fwd_kernel", {"ACT": a, "BLOCK": 1024})
@@ -118,6 +119,23 @@ KERNELS = {
             " long": {"MORE": True, "TWO": True, "DROPOUT": True},
         }.items()
     },
+    **{
+        f"score_fwd {number}": (
+            "score",
+            "fwd_kernel",
+            {"ADDITIVE": number == 0, "ROWS": 16, "OTHERS": 16, "NUMBERS": 16},
+        )
+        for number in (0, 1)
+    },
+    **{
+        f"score_bwd {number} {of}": (
+            "score",
+            "bwd_kernel",
+            {"ADDITIVE": number == 0, "OF_QUERIES": of == "queries", **_SCORE_TILE},
+        )
+        for number in (0, 1)
+        for of in ("queries", "keys")
+    },
     "add_partials": ("common", "add_partials_kernel", {"BLOCK": 32}),
 }
 _FLOATS = {"p", "scale", "eps", "factor"}
@@ -137,8 +155,20 @@ _COUNTS = {
     "parts",
     "apart",
     "count",
+    "queries",
+    "keys",
+    "width",
+    "query_tiles",
+    "key_tiles",
+    "others",
+    "row_stride",
+    "other_stride",
+    "tiles",
+    "blocks",
 }
-_FP32 = dict.fromkeys(("mean", "rest", "var", "rstd"), "*fp32")
+_FP32 = dict.fromkeys(
+    ("mean", "rest", "var", "rstd", "scores", "dscores", "dmine", "dweight"), "*fp32"
+)
 _FP64 = dict.fromkeys(("partials", "totals", "sums"), "*fp64")
 
 # Attention's kernels: label -> (module, kernel, padded width, what its Form has on, options, the
