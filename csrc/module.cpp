@@ -25,6 +25,7 @@
 #include <thread>
 #include <vector>
 
+#include "differentiable.h"
 #include "parallel.h"
 #include "pool.h"
 #include "registry.h"
@@ -325,6 +326,7 @@ PyObject* empty_like(PyObject*, PyObject* argument) {
   }
 }
 PyMethodDef empty_like_method{"empty_like", empty_like, METH_O, nullptr};
+PyMethodDef differentiable_method{"differentiable", differentiable, METH_VARARGS, nullptr};
 #endif
 
 }  // namespace
@@ -372,5 +374,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pool_set_cap", &pool_set_cap);
   m.attr("empty_like") =
       pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&empty_like_method, nullptr));
+  m.attr("differentiable") = pybind11::reinterpret_steal<pybind11::object>(
+      PyCFunction_New(&differentiable_method, nullptr));
 #endif
 }

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from pydl._native import C
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -206,7 +208,16 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
             grads = [next(got) if need else None for need in wanted]
             return (None, None, None, *grads, *(None for _ in ctx.scalars))
 
+    def backward(backend: str, dys: tuple, saved: tuple, scalars: tuple, needs: tuple) -> Gradients:
+        """The gradients by kernels; differentiable where they are to be differentiated again."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return Backward.apply(backend, needs, len(saved), *dys, *saved, *scalars)
+        return kernels(backend, dys, saved, scalars, needs)
+
     class Forward(Function):
+        """What is traced; outside of that csrc/differentiable.cpp does the same in a third of the
+        time, which for small calls is most of it."""
+
         @staticmethod
         def forward(backend, *args):
             return rule.forward(backend, *args)
@@ -229,20 +240,17 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
             dys = dys[:outputs]
             if all(dy is None for dy in dys):
                 return (None,) * (1 + n + len(ctx.scalars))
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                grads = Backward.apply(ctx.backend, needs, len(saved), *dys, *saved, *ctx.scalars)
-            else:
-                grads = kernels(ctx.backend, dys, saved, ctx.scalars, needs)
+            grads = backward(ctx.backend, dys, saved, ctx.scalars, needs)
             return (None, *grads, *(None for _ in ctx.scalars))
 
     Forward.__name__ = Forward.__qualname__ = "".join(part.title() for part in rule.name.split("_"))
     Backward.__name__ = Backward.__qualname__ = Forward.__name__ + "Gradient"
-    for function in (Forward, Backward):  # as graphs and profiles show their nodes
-        node: Any = function._backward_cls  # type: ignore[attr-defined]
-        node.__name__ = node.__qualname__ = f"{function.__name__}Backward"
-    # Function.apply binds default arguments by inspection, which takes longer than a small kernel;
-    # outside of functorch its base does all that is needed.
-    plain_apply = super(Function, Forward).apply
+    node: Any = Backward._backward_cls  # type: ignore[attr-defined]
+    node.__name__ = node.__qualname__ = f"{Backward.__name__}Backward"  # in graphs and profiles
+    count = 0 if whole else outputs if outputs > 1 else 1
+    recorded = C.differentiable(
+        Forward.__name__, n, outputs, count, rule.forward, rule.saves, backward
+    )
 
     def call(backend: str, *args: Any) -> Any:
         traced = torch.compiler.is_compiling()
@@ -256,7 +264,9 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
         if torch.is_grad_enabled():
             for tensor in args[:n]:
                 if tensor is not None and tensor.requires_grad:
-                    return shown((Forward.apply if traced else plain_apply)(backend, *args))
+                    return (
+                        shown(Forward.apply(backend, *args)) if traced else recorded(backend, *args)
+                    )
         return shown(rule.forward(backend, *args))
 
     return call

@@ -1,9 +1,9 @@
 """Attention whose score is no dot product: additive (Bahdanau) and Gaussian (Nadaraya-Watson).
 
-The softmax and the products with values are PyTorch's, the scores and their gradients those of
-`score.py`: a few queries at a time meet all keys, and the backward pass meets them again, so that
-neither what is as large as queries times keys, where that is large, nor that times the width is
-ever stored.
+The softmax is PyTorch's, the scores and their gradients those of `score.py`, the products with
+values those of `product.py`: a few queries at a time meet all keys, and the backward pass meets
+them again, so that neither what is as large as queries times keys, where that is large, nor that
+times the width is ever stored.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pydl import autograd
 from pydl.autograd import Rule, wide
 from pydl.backends import choose
 from pydl.ops.bias_act import lowered
+from pydl.ops.product import linear, product
 from pydl.ops.score import ADDITIVE, GAUSSIAN, Score, gradients, prepared, scores
 
 # What one chunk of queries may make: of (batch, queries, keys, width) in PyTorch, of (batch,
@@ -70,7 +70,7 @@ def _rule(name: str, score: Score, definition: Callable[..., Tensor]) -> Rule:
         (q, k, w), v = prepared(backend, q, k, w), wide(v)
         for rows in _chunks(backend, q, k):
             found, _ = scores(backend, score, q[:, rows], k, w)
-            out[:, rows] = _weights(found, _of(mask, rows)) @ v
+            out[:, rows] = product(backend, _weights(found, _of(mask, rows)), v)
         return out
 
     def backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
@@ -83,8 +83,8 @@ def _rule(name: str, score: Score, definition: Callable[..., Tensor]) -> Rule:
                 found, t = scores(backend, score, q[:, rows], k, w)
                 p = _weights(found, _of(mask, rows))
                 d = dy[:, rows]
-                dv += p.transpose(1, 2) @ d
-                dp = d @ v.transpose(1, 2)
+                dv += product(backend, p.transpose(1, 2), d)
+                dp = product(backend, d, v.transpose(1, 2))
                 ds = p * (dp - (dp * p).sum(-1, keepdim=True))
                 parts = gradients(backend, score, ds, q[:, rows], k, w, t)
                 dq[:, rows] = parts[0]
@@ -195,7 +195,7 @@ def additive_attention(
             )
     if mask is not None:
         mask = _mask(op, mask, query, keys)
-    q, k = F.linear(query, w_q), F.linear(keys, w_k)
+    q, k = linear(chosen, query, w_q), linear(chosen, keys, w_k)
     return _run(chosen, _ADDITIVE, _additive, q, k, values, w_v, mask)
 
 
