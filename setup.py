@@ -20,7 +20,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-HOST_ONLY = {"differentiable.cpp", "module.cpp", "pool.cpp"}  # these see torch; every other .cpp is a kernel file
+HOST_ONLY = {
+    "differentiable.cpp",
+    "module.cpp",
+    "pool.cpp",
+}  # these see torch; every other .cpp is a kernel file
 LEVELS = {
     0: [],
     1: ["-mavx2", "-mfma", "-mf16c"],

@@ -4,8 +4,11 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
@@ -13,6 +16,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
+
+#include <structmember.h>
 
 #include <cstdarg>
 #include <cstdio>
@@ -178,57 +183,77 @@ DType dtype_of(const Function& function, size_t i, const at::Tensor& tensor) {
   }
 }
 
+// The arguments of one call, checked and as kernels see them.
+class Call {
+ public:
+  explicit Call(const Function& function) : function_(function), device_(function.device) {
+    if (function.count() > kMost) {
+      fail("%s takes more than %zu arguments", function.name.c_str(), kMost);
+    }
+  }
+  void set(size_t i, double number) { args_[i].number = number; }
+  void set(size_t i, int64_t integer) { args_[i].integer = integer; }
+  void set(size_t i, const at::Tensor& tensor) {
+    if (!seen_) device_ = tensor.device();
+    seen_ = true;
+    if (tensor.device() != device_ || device_.type() != function_.device) {
+      fail("%s: %s is on %s, wants %s", function_.name.c_str(), function_.arguments[i].c_str(),
+           tensor.device().str().c_str(),
+           (device_.type() == function_.device ? device_ : c10::Device(function_.device))
+               .str()
+               .c_str());
+    }
+    View& view = args_[i].view;
+    view.dtype = dtype_of(function_, i, tensor);
+    view.data = function_.entry->kinds[i] == 'o' ? tensor.mutable_data_ptr()
+                                                 : const_cast<void*>(tensor.const_data_ptr());
+    view.ndim = static_cast<int32_t>(tensor.dim());
+    view.numel = tensor.numel();
+    view.sizes = tensor.sizes().data();
+    view.strides = tensor.strides().data();
+  }
+  void run() const {
+    Stream stream;
+#if defined(PYDL_CUDA)
+    c10::cuda::OptionalCUDAGuard guard;
+    if (device_.is_cuda()) {
+      guard.set_device(device_);
+      stream.handle = c10::cuda::getCurrentCUDAStream(device_.index()).stream();
+    }
+#endif
+    function_.entry->call(stream, args_);
+  }
+
+ private:
+  static constexpr size_t kMost = 40;
+  const Function& function_;
+  Arg args_[kMost];
+  c10::Device device_;
+  bool seen_ = false;
+};
+
 struct Kernel final : c10::OperatorKernel {
   Function function;
   explicit Kernel(Function f) : function(std::move(f)) {}
 
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
-    constexpr size_t kMost = 40;
+    Call call(function);
     const size_t count = function.count();
-    if (count > kMost) fail("%s takes more than %zu arguments", function.name.c_str(), kMost);
-    Arg args[kMost];
     const c10::IValue* values = stack->data() + (stack->size() - count);
-    c10::Device device(function.device);
-    bool seen = false;
     for (size_t i = 0; i < count; ++i) {
       const c10::IValue& value = values[i];
       const char kind = function.entry->kinds[i];
       if (kind == 'd') {
-        args[i].number = value.toDouble();
+        call.set(i, value.toDouble());
       } else if (kind == 'i') {
-        args[i].integer = value.toInt();
+        call.set(i, value.toInt());
       } else if (kind == 'b') {
-        args[i].integer = value.toBool();
+        call.set(i, static_cast<int64_t>(value.toBool()));
       } else if (!value.isNone()) {
-        const at::Tensor& tensor = value.toTensor();
-        if (!seen) device = tensor.device();
-        seen = true;
-        if (tensor.device() != device || device.type() != function.device) {
-          fail("%s: %s is on %s, wants %s", function.name.c_str(), function.arguments[i].c_str(),
-               tensor.device().str().c_str(),
-               (device.type() == function.device ? device : c10::Device(function.device))
-                   .str()
-                   .c_str());
-        }
-        View& view = args[i].view;
-        view.dtype = dtype_of(function, i, tensor);
-        view.data =
-            kind == 'o' ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-        view.ndim = static_cast<int32_t>(tensor.dim());
-        view.numel = tensor.numel();
-        view.sizes = tensor.sizes().data();
-        view.strides = tensor.strides().data();
+        call.set(i, value.toTensor());
       }
     }
-    Stream stream;
-#if defined(PYDL_CUDA)
-    c10::cuda::OptionalCUDAGuard guard;
-    if (device.is_cuda()) {
-      guard.set_device(device);
-      stream.handle = c10::cuda::getCurrentCUDAStream(device.index()).stream();
-    }
-#endif
-    function.entry->call(stream, args);
+    call.run();
     torch::jit::drop(*stack, count);
   }
 };
@@ -288,6 +313,114 @@ void register_ops() {
 }
 
 #if !defined(PYDL_EMULATION)
+// An operator as Python calls it where nothing but its kernel has to see the call: what torch.ops
+// does on the way, which takes longer than a small kernel, is left out. All other calls, under
+// tracing, in a mode or of tensors that are special, go through the operator.
+struct Direct {
+  PyObject head;
+  vectorcallfunc vectorcall;
+  const Function* function;
+  PyObject* operator_;
+};
+
+bool nothing_watches() {
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return (included - c10::default_included_set - c10::autocast_dispatch_keyset).empty();
+}
+
+bool plain(const at::Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet special{
+      DispatchKey::Python,           DispatchKey::PythonTLSSnapshot,
+      DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper,
+      DispatchKey::Functionalize,    DispatchKey::Conjugate,
+      DispatchKey::Negative,         DispatchKey::ZeroTensor,
+      DispatchKey::Sparse,           DispatchKey::SparseCsr,
+      DispatchKey::Quantized,        DispatchKey::NestedTensor,
+      DispatchKey::Batched};
+  return tensor.layout() == at::kStrided && !tensor.key_set().has_any(special);
+}
+
+// Sets the arguments; false where the operator has to be called.
+bool fill(Call& call, const Function& function, PyObject* const* arguments) {
+  for (size_t i = 0; i < function.count(); ++i) {
+    PyObject* const object = arguments[i];
+    const char kind = function.entry->kinds[i];
+    if (kind == 'd') {
+      if (!PyFloat_CheckExact(object)) return false;
+      call.set(i, PyFloat_AS_DOUBLE(object));
+    } else if (kind == 'i' || kind == 'b') {
+      if (kind == 'i' ? !PyLong_CheckExact(object) : !PyBool_Check(object)) return false;
+      int overflow = 0;
+      const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+      if (overflow != 0) return false;
+      call.set(i, value);
+    } else if (object != Py_None || kind != 'm') {
+      if (!THPVariable_CheckExact(object)) return false;
+      const at::Tensor& tensor = THPVariable_Unpack(object);
+      if (!plain(tensor) || tensor.device().type() != function.device) return false;
+      call.set(i, tensor);
+    }
+  }
+  return true;
+}
+
+PyObject* direct_call(PyObject* self, PyObject* const* arguments, size_t count, PyObject* names) {
+  HANDLE_TH_ERRORS
+  const Direct& direct = *reinterpret_cast<Direct*>(self);
+  const Function& function = *direct.function;
+  if (names == nullptr && static_cast<size_t>(PyVectorcall_NARGS(count)) == function.count() &&
+      nothing_watches()) {
+    Call call(function);
+    if (fill(call, function, arguments)) {
+      const pybind11::gil_scoped_release no_gil;
+      at::RecordFunction record(at::RecordScope::FUNCTION);
+      if (record.isActive()) record.before(function.name);
+      call.run();
+      Py_RETURN_NONE;
+    }
+  }
+  return PyObject_Vectorcall(direct.operator_, arguments, count, names);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* direct_attribute(PyObject* self, PyObject* name) {
+  return PyObject_GetAttr(reinterpret_cast<Direct*>(self)->operator_, name);
+}
+PyObject* direct_text(PyObject* self) {
+  return PyObject_Str(reinterpret_cast<Direct*>(self)->operator_);
+}
+
+PyTypeObject* direct_type() {
+  static PyMemberDef members[] = {
+      {"__vectorcalloffset__", T_PYSSIZET, offsetof(Direct, vectorcall), READONLY, nullptr},
+      {nullptr, 0, 0, 0, nullptr}};
+  static PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
+                                {Py_tp_getattro, reinterpret_cast<void*>(&direct_attribute)},
+                                {Py_tp_str, reinterpret_cast<void*>(&direct_text)},
+                                {Py_tp_repr, reinterpret_cast<void*>(&direct_text)},
+                                {Py_tp_members, members},
+                                {0, nullptr}};
+  static PyType_Spec spec{"pydl.Kernel", sizeof(Direct), 0,
+                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, slots};
+  static auto* const type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
+  if (type == nullptr) throw pybind11::error_already_set();
+  return type;
+}
+
+// Lives as long as the process, like the operator.
+pybind11::object direct(const std::string& backend, const std::string& name,
+                        const pybind11::object& op) {
+  const auto found = chosen_entries().find({backend, name});
+  if (found == chosen_entries().end()) return op;
+  auto* made = PyObject_New(Direct, direct_type());
+  if (made == nullptr) throw pybind11::error_already_set();
+  made->vectorcall = direct_call;
+  made->function = new Function(found->second);
+  made->operator_ = op.inc_ref().ptr();
+  return pybind11::reinterpret_steal<pybind11::object>(reinterpret_cast<PyObject*>(made));
+}
+
 // torch.empty_like, with a large CPU tensor's memory from the pool.
 PyObject* empty_like(PyObject*, PyObject* argument) {
   try {
@@ -296,27 +429,25 @@ PyObject* empty_like(PyObject*, PyObject* argument) {
       return nullptr;
     }
     const at::Tensor& like = THPVariable_Unpack(argument);
-    using c10::DispatchKey;
-    const c10::DispatchKeySet wrapped{DispatchKey::Python,
-                                      DispatchKey::FuncTorchBatched,
-                                      DispatchKey::FuncTorchGradWrapper,
-                                      DispatchKey::Functionalize,
-                                      DispatchKey::Sparse,
-                                      DispatchKey::Quantized};
-    const bool plain =
-        like.is_cpu() && like.layout() == at::kStrided && !like.key_set().has_any(wrapped);
-    if (!plain || static_cast<int64_t>(like.nbytes()) < kPoolMinimum || pool_info().cap == 0) {
+    const bool ordinary = like.is_cpu() && plain(like) && nothing_watches();
+    const bool large =
+        ordinary && static_cast<int64_t>(like.nbytes()) >= kPoolMinimum && pool_info().cap > 0;
+    if (!ordinary || (!large && !like.is_non_overlapping_and_dense())) {
       return THPVariable_Wrap(at::empty_like(like.detach()));
+    }
+    if (!large) {
+      return THPVariable_Wrap(
+          at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type()));
     }
     at::Tensor made;
     if (like.is_non_overlapping_and_dense()) {
       made = at::detail::empty_strided_generic(like.sizes(), like.strides(), pool(),
-                                               c10::DispatchKeySet(DispatchKey::CPU),
+                                               c10::DispatchKeySet(c10::DispatchKey::CPU),
                                                like.scalar_type());
     } else {
       const at::Tensor shape = at::empty_like(like.detach(), like.options().device(at::kMeta));
       made = at::detail::empty_strided_generic(shape.sizes(), shape.strides(), pool(),
-                                               c10::DispatchKeySet(DispatchKey::CPU),
+                                               c10::DispatchKeySet(c10::DispatchKey::CPU),
                                                like.scalar_type());
     }
     return THPVariable_Wrap(made);
@@ -370,6 +501,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                           {"reused", info.reused},
                                           {"requests", info.requests}};
   });
+  m.def("direct", &direct);
   m.def("pool_empty", &pool_empty);
   m.def("pool_set_cap", &pool_set_cap);
   m.attr("empty_like") =

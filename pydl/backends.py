@@ -25,7 +25,10 @@ NAMES = ("torch", "reference", "cpu", "cuda", "triton")
 
 # (backend, function) -> the operator, filled as backends load.
 _OPS: dict[tuple[str, str], Any] = {}
+# The same without what torch.ops does on the way; what is traced calls the operator.
+_DIRECT: dict[tuple[str, str], Any] = {}
 _triton_error: str | None = None
+_emulated = False
 
 
 def _check_name(name: str, where: str) -> str:
@@ -129,9 +132,6 @@ def emulate_cuda(loaded: bool) -> None:
         _enlist("cuda")
 
 
-_emulated = False
-
-
 def cuda_devices() -> tuple[str, ...]:
     """Device types that backend `cuda` serves here."""
     if _emulated:
@@ -170,7 +170,7 @@ def kernel(backend: str, name: str) -> Any:
     Raises:
         MissingKernel: the backend has no such kernel.
     """
-    found = _OPS.get((backend, name))
+    found = (_OPS if torch.compiler.is_compiling() else _DIRECT).get((backend, name))
     if found is None:
         raise MissingKernel(f"pydl: {name}: backend {backend!r} has no kernel for it")
     return found
@@ -182,15 +182,22 @@ def _enlist(backend: str) -> None:
         if known == "cpu":
             packet = getattr(getattr(torch.ops, f"pydl_{backend}"), name, None)
             if packet is not None:
-                _OPS[backend, name] = packet.default
+                op = _OPS[backend, name] = packet.default
+                own = backend != "triton" and not _emulated
+                _DIRECT[backend, name] = C.direct(backend, name, op) if own else op
 
 
 _enlist("cpu")
-if any(backend == "cuda" for backend, *_ in C.entries()):
+_cuda_built = any(backend == "cuda" for backend, *_ in C.entries())
+if _cuda_built:
     _enlist("cuda")
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _ordinary(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def choose(
@@ -219,6 +226,10 @@ def choose(
     if name is None:
         return automatic(key(op, first) if key else op, *tensors)
     if name in ("torch", "reference"):
+        return name
+    # The usual call, of which a small tensor's takes a few microseconds, raises nothing below.
+    own = first.is_cpu if name == "cpu" else name == "cuda" and first.is_cuda and _cuda_built
+    if own and dtypes is FLOATS and not others and first.dtype in FLOATS and _ordinary(first):
         return name
     reasons = []
     if missing := unavailable(name):

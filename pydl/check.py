@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pydl import backends
-from pydl.table import TABLE, Case, Op, judge
+from pydl.table import TABLE, Case, Op, judge, terms
 
 KERNELS = ("cpu", "cuda", "triton")
 # The largest call, in elements of its tensors together, that Triton's interpreter is given.
@@ -82,13 +82,13 @@ def compare(op: Op, backend: str, case: Case, wanted: Expected | None = None) ->
     for i, (out, reference, native) in enumerate(
         zip(got, wanted.reference, wanted.native, strict=True)
     ):
-        terms = 0.0
+        count = 0.0
         if i >= outputs and out.shape == reference.shape:
-            terms = got[0].numel() / max(1, out.numel())
+            count = terms(op, case, got[0], out)
             known = native.isfinite() & reference.isfinite()
             out, reference, native = out[known], reference[known], native[known]
         what = f"gradient {i - outputs}" if i >= outputs else f"output {i}" if i else "output"
-        results.append(Result(what, *judge(out, reference, native, terms)))
+        results.append(Result(what, *judge(out, reference, native, count)))
     return results
 
 

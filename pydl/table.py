@@ -9,6 +9,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -154,6 +155,22 @@ def register(op: Op) -> Op:
         raise ValueError(f"pydl: the table has an op {op.name!r} already")
     TABLE[op.name] = op
     return op
+
+
+# Families whose gradients sum over a sequence.
+ATTENTION = ("attention", "linear_attention", "score")
+
+
+def terms(op: Op, case: Case, out: Tensor, grad: Tensor) -> float:
+    """How many terms were added for each element of a gradient, about; `judge` asks for it."""
+    count = out.numel() / max(1, grad.numel())
+    if op.family not in ATTENTION or case.args[0].dim() < 2:
+        return count
+    queries = float(case.args[0].shape[-2])
+    if op.family == "score" and grad.dim() < 3:
+        # A parameter's: of every score.
+        return queries * case.args[1].shape[-2] * prod(case.args[0].shape[:-2])
+    return max(count, queries)
 
 
 def judge(

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from torch import Tensor
 
 from pydl import backends
 from pydl._native import C
-from pydl.table import Case, Op, judge
+from pydl.table import ATTENTION, Case, Op, judge, terms
 
 BACKENDS = ("cpu", "cuda", "triton")
-# Families whose gradients sum over a sequence.
-ATTENTION = ("attention", "linear_attention", "score")
 ROOT = Path(__file__).resolve().parents[1]
 
 # The largest call, in elements of its tensors together, that an interpreted backend is given.
@@ -234,18 +231,6 @@ def plain(op: Op) -> Case:
 def by_rows(op: Op) -> bool:
     """Whether elements of a row meet."""
     return op.family in ("layer_norm", "add_norm", "batch_norm", *ATTENTION)
-
-
-def terms(op: Op, case: Case, out: Tensor, grad: Tensor) -> float:
-    """How many terms were added for each element of a gradient, about."""
-    count = out.numel() / max(1, grad.numel())
-    if op.family not in ATTENTION or case.args[0].dim() < 2:
-        return count
-    queries = float(case.args[0].shape[-2])
-    if op.family == "score" and grad.dim() < 3:
-        # A parameter's: of every score.
-        return queries * case.args[1].shape[-2] * prod(case.args[0].shape[:-2])
-    return max(count, queries)
 
 
 def judged(

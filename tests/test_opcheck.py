@@ -67,7 +67,9 @@ def test_every_operator_is_reached(backend: str) -> None:
 
     def note(kernel: object) -> Callable[..., None]:
         """Takes the call down and computes nothing."""
-        reached.add(str(kernel).split(".")[1])
+        family, name = str(kernel).split(".")[:2]
+        if family == f"pydl_{backend}":  # on CPU tensors some products are the CPU's in any case
+            reached.add(name)
         return lambda *_: None
 
     with watch.intercepted(note):

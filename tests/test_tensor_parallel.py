@@ -45,7 +45,7 @@ def drawn(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 def watched() -> Iterator[dict[str, int]]:
     """Counts the calls of kernels, all of which get plain tensors."""
     counts: dict[str, int] = {}
-    before = dict(backends._OPS)
+    before = dict(backends._DIRECT)
 
     def watch(name: str, op: Any) -> Any:
         def called(*args: Any) -> Any:
@@ -56,11 +56,11 @@ def watched() -> Iterator[dict[str, int]]:
 
         return called
 
-    backends._OPS.update({key: watch(key[1], op) for key, op in before.items()})
+    backends._DIRECT.update({key: watch(key[1], op) for key, op in before.items()})
     try:
         yield counts
     finally:
-        backends._OPS.update(before)
+        backends._DIRECT.update(before)
 
 
 def run(case: Case, mesh: Any, placement: Any) -> None:

@@ -148,7 +148,8 @@ _rms_norm_call = autograd.make(_RMS_NORM)
 
 def check_weights(op: str, input: Tensor, shape: Sequence[int], **weights: Tensor | None) -> None:
     """Raises torch's errors, and ours for dtypes that no kernel takes."""
-    if len(shape) == 0 or list(input.shape[input.dim() - len(shape) :]) != list(shape):
+    shape = tuple(shape)
+    if len(shape) == 0 or input.shape[input.dim() - len(shape) :] != shape:
         raise RuntimeError(
             f"pydl: {op}: normalized_shape is {list(shape)}, wants the last dimensions of the "
             f"input, whose shape is {tuple(input.shape)}"
@@ -161,10 +162,8 @@ def check_weights(op: str, input: Tensor, shape: Sequence[int], **weights: Tenso
                 f"pydl: {op}: {name} is on {weight.device}, wants the input's device, "
                 f"{input.device}"
             )
-        if list(weight.shape) != list(shape):
-            raise RuntimeError(
-                f"pydl: {op}: {name} has shape {tuple(weight.shape)}, wants {tuple(shape)}"
-            )
+        if weight.shape != shape:
+            raise RuntimeError(f"pydl: {op}: {name} has shape {tuple(weight.shape)}, wants {shape}")
         if weight.dtype not in (input.dtype, torch.float32) or (
             weight.dtype != input.dtype and input.dtype not in FLOATS[1:3]
         ):
