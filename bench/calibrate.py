@@ -6,7 +6,7 @@ it: through the public function, against native PyTorch, interleaved. A kernel i
 smallest size on at which it is faster by 3 % (geometric mean over the row's shapes of that size),
 if at that and every larger size it is slower on none of them; close calls are measured twice. The
 largest size, 64 million elements, is measured on one shape, and not for attention. The result
-replaces the device's part of `pydl/calibration.json` and leaves other devices' parts alone.
+replaces the part of `pydl/calibration.json` for this kind of device and leaves the others alone.
 """
 
 from __future__ import annotations
@@ -137,44 +137,49 @@ def smallest(found: dict[int, Gains]) -> int:
     return best
 
 
-def measure(
-    device: str, backend: str, ops: tuple[str, ...], sizes: tuple[int, ...], quick: bool
-) -> dict[str, Any]:
-    """{op: {dtype: [backend, elements, elements with gradient]}}, each entry measured."""
-    table: dict[str, Any] = {}
-    chosen = [entry for entry in entries() if entry.op.name in ops]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("calibrating", total=len(chosen) * len(DTYPES))
-        for key, op, adapts, sized in chosen:
-            for name in DTYPES:
-                dtype = getattr(torch, name)
-                if dtype not in op.dtypes or not backends.takes(backend, dtype):
+def limits(
+    key: Key, device: str, backend: str, dtype: torch.dtype, sizes: tuple[int, ...], quick: bool
+) -> list[Any]:
+    """[backend, elements, elements with gradient] of a key, measured."""
+    found_of: list[Any] = [backend]
+    for grad in (False, True):
+        found: dict[int, Gains] = {}
+        for size in sorted(sizes, reverse=True):
+            shapes = list(dict.fromkeys(key.sized(size)))
+            budget = QUICK if quick else BUDGET
+            if size == LARGEST:
+                if key.op.family in QUADRATIC:
                     continue
-                limits = []
-                for grad in (False, True):
-                    found: dict[int, Gains] = {}
-                    for size in sorted(sizes, reverse=True):
-                        shapes = list(dict.fromkeys(sized(size)))
-                        budget = QUICK if quick else BUDGET
-                        if size == LARGEST:
-                            if op.family in QUADRATIC:
-                                continue
-                            shapes, budget = shapes[:1], LONG
-                        make = Make(dtype, device, key)
-                        cases = (
-                            adapt(op.bench(make, shape)) for shape in shapes for adapt in adapts
-                        )
-                        found[size] = gains(op, cases, backend, grad, budget)
-                        if found[size].least < 0.6:  # smaller ones are further behind
-                            break
-                    limits.append(smallest(found))
-                table.setdefault(key, {})[name] = [backend, *limits]
-                progress.update(task, advance=1, description=f"{key} {name}")
-    return table
+                shapes, budget = shapes[:1], LONG
+            make = Make(dtype, device, key.name)
+            cases = (adapt(key.op.bench(make, shape)) for shape in shapes for adapt in key.adapts)
+            found[size] = gains(key.op, cases, backend, grad, budget)
+            if found[size].least < 0.6:  # smaller ones are further behind
+                break
+        found_of.append(smallest(found))
+    return found_of
+
+
+def _best(found: list[list[Any]]) -> list[Any]:
+    """Of several backends' the one that pays off at the smaller size; the first wins a tie."""
+    best = found[0]
+    for one in found[1:]:
+        if one[2] > 0 and not 0 < best[2] <= one[2]:
+            best = one
+    return best
+
+
+def _write(path: Path, device: str, name: str, dtypes: dict[str, list[Any]]) -> None:
+    """Puts one op's entry into the part of this kind of device."""
+    part = calibration.kind(device)
+    text = json.loads(path.read_text()) if path.exists() else {}
+    text.setdefault("sizes", {}).setdefault(part, {})[name] = dtypes
+    text.setdefault("measured", {})[part] = machine.record(device)
+    path.write_text(json.dumps(text, indent=1, sort_keys=True) + "\n")
 
 
 def run(settings: Settings, path: Path = TABLE_FILE, sizes: tuple[int, ...] = SIZES) -> int:
-    """Measures the device and rewrites the table; returns the exit status."""
+    """Measures the device and rewrites the table op by op; returns the exit status."""
     chosen = [
         b for b in settings.backends if b in KERNELS and settings.device in backends.serves(b)
     ]
@@ -183,20 +188,24 @@ def run(settings: Settings, path: Path = TABLE_FILE, sizes: tuple[int, ...] = SI
             f"bench: no kernels for {settings.device} to calibrate; see python -m pydl info"
         )
         return 2
-    # Of several the first wins a tie; each op takes the one that pays off at the smaller size.
-    tables = [
-        measure(settings.device, backend, settings.ops, sizes, settings.quick) for backend in chosen
-    ]
-    merged = tables[0]
-    for table in tables[1:]:
-        for key, dtypes in table.items():
-            for name, limits in dtypes.items():
-                if limits[2] > 0 and not 0 < merged[key][name][2] <= limits[2]:
-                    merged[key][name] = limits
-    text = json.loads(path.read_text()) if path.exists() else {}
-    text.setdefault("sizes", {}).setdefault(settings.device, {}).update(merged)
-    text.setdefault("measured", {})[settings.device] = machine.record(settings.device)
-    path.write_text(json.dumps(text, indent=1, sort_keys=True) + "\n")
+    keys = [key for key in entries() if key.op.name in settings.ops]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("calibrating", total=len(keys) * len(DTYPES))
+        for key in keys:
+            dtypes: dict[str, list[Any]] = {}
+            for name in DTYPES:
+                dtype = getattr(torch, name)
+                progress.update(task, advance=1, description=f"{key.name} {name}")
+                able = [b for b in chosen if dtype in key.op.dtypes and backends.takes(b, dtype)]
+                if able:
+                    dtypes[name] = _best(
+                        [
+                            limits(key, settings.device, b, dtype, sizes, settings.quick)
+                            for b in able
+                        ]
+                    )
+            # As it goes: what was measured is kept where a long run is broken off.
+            _write(path, settings.device, key.name, dtypes)
     calibration.reload()
     Console().print(f"Wrote {path}", soft_wrap=True)
     return 0

@@ -8,8 +8,10 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/python_numbers.h>
 #include <torch/library.h>
 
 #if defined(PYDL_CUDA)
@@ -456,6 +458,25 @@ PyObject* empty_like(PyObject*, PyObject* argument) {
     return nullptr;
   }
 }
+// empty(like, dtype, *sizes): torch.empty on the device of a tensor.
+PyObject* empty(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count < 3 || !THPVariable_Check(arguments[0]) || !THPDtype_Check(arguments[1])) {
+    throw torch::TypeError("pydl: empty wants a Tensor, a dtype and sizes");
+  }
+  const at::Tensor& like = THPVariable_Unpack(arguments[0]);
+  const at::ScalarType dtype = reinterpret_cast<THPDtype*>(arguments[1])->scalar_type;
+  c10::SmallVector<int64_t, 4> sizes;
+  for (Py_ssize_t i = 2; i < count; ++i) sizes.push_back(THPUtils_unpackLong(arguments[i]));
+  if (like.is_cpu() && nothing_watches()) {
+    return THPVariable_Wrap(at::detail::empty_cpu(sizes, dtype));
+  }
+  return THPVariable_Wrap(at::empty(sizes, at::TensorOptions().dtype(dtype).device(like.device())));
+  END_HANDLE_TH_ERRORS
+}
+PyMethodDef empty_method{"empty",
+                         reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(empty)),
+                         METH_FASTCALL, nullptr};
 PyMethodDef empty_like_method{"empty_like", empty_like, METH_O, nullptr};
 PyMethodDef differentiable_method{"differentiable", differentiable, METH_VARARGS, nullptr};
 #endif
@@ -506,6 +527,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pool_set_cap", &pool_set_cap);
   m.attr("empty_like") =
       pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&empty_like_method, nullptr));
+  m.attr("empty") =
+      pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&empty_method, nullptr));
   m.attr("differentiable") = pybind11::reinterpret_steal<pybind11::object>(
       PyCFunction_New(&differentiable_method, nullptr));
 #endif

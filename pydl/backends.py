@@ -303,3 +303,13 @@ def empty_like(like: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
         return torch.empty_like(like)
     return _compiled_empty_like(like)
+
+
+_compiled_empty: Callable[..., Tensor] = C.empty
+
+
+def empty(like: Tensor, dtype: torch.dtype, *sizes: int) -> Tensor:
+    """`torch.empty` on the device of `like`, for small tensors that kernels write numbers to."""
+    if torch.compiler.is_compiling():
+        return torch.empty(sizes, dtype=dtype, device=like.device)
+    return _compiled_empty(like, dtype, *sizes)

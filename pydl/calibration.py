@@ -2,20 +2,41 @@
 rewrites it.
 
 The table ships as `calibration.json`; the environment's `PYDL_CALIBRATION` names another file. Its
-form: {device: {op: {dtype: [backend, elements, elements with gradient]}}}; a size of -1 means
-never.
+form: {part: {op: {dtype: [backend, elements, elements with gradient]}}}; a size of -1 means never.
+A part is a type of device, or `kind` of one, which comes before: what native PyTorch takes depends
+on who made the processor, because the libraries that it calls do.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import platform
 from pathlib import Path
 
 import torch
 
+from pydl._native import C
+
 NEVER = 1 << 62
 Limits = tuple[str, int, int]
+
+
+@functools.cache
+def kind(device: str) -> str:
+    """The part of the table that a measurement on this machine's device of a type goes to."""
+    if device != "cpu":
+        return device
+    vendor = platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("vendor_id"):
+                vendor = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"cpu {vendor} {C.cpu_level()}"
 
 
 def read() -> dict[tuple[str, str, torch.dtype], Limits]:
@@ -27,7 +48,11 @@ def read() -> dict[tuple[str, str, torch.dtype], Limits]:
     path = Path(os.environ.get("PYDL_CALIBRATION") or Path(__file__).with_name("calibration.json"))
     table: dict[tuple[str, str, torch.dtype], Limits] = {}
     try:
-        for device, ops in json.loads(path.read_text())["sizes"].items():
+        parts = json.loads(path.read_text())["sizes"]
+        for part in sorted(parts, key=len):  # a kind's after its type's
+            device, ops = part.split(" ")[0], parts[part]
+            if part not in (device, kind(device)):
+                continue
             for op, dtypes in ops.items():
                 for dtype, (backend, forward, backward) in dtypes.items():
                     sizes = [NEVER if n < 0 else int(n) for n in (forward, backward)]

@@ -163,8 +163,10 @@ def test_calibration_writes_what_it_measured(tmp_path: Path) -> None:
     assert calibrate.run(settings, path, sizes=(1024, 4096)) == 0
     found = json.loads(path.read_text())
     assert found["sizes"]["cuda"] == {"relu": {"float32": ["cuda", 1, 2]}}
-    assert set(found["sizes"]["cpu"]) == {"relu"} and "cpu" in found["measured"]
-    for backend, forward, both in found["sizes"]["cpu"]["relu"].values():
+    part = calibration.kind("cpu")
+    assert set(found["sizes"]) == {"cuda", part} and set(found["measured"]) == {part}
+    assert set(found["sizes"][part]) == {"relu"}
+    for backend, forward, both in found["sizes"][part]["relu"].values():
         assert backend == "cpu" and {forward, both} <= {-1, 1024, 4096}
     calibration.reload()
 

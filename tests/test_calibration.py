@@ -66,6 +66,25 @@ def test_calibration_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         calibration.reload()
 
 
+def test_a_kind_of_processor_comes_before_its_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured on this machine's kind counts, for the rest the type's."""
+    path, mine = tmp_path / "calibration.json", calibration.kind("cpu")
+    assert mine.startswith("cpu ") and mine.endswith(pydl._native.C.cpu_level())
+    of = lambda size: {"float32": ["cpu", size, size]}  # noqa: E731
+    sizes = {
+        mine: {"gelu": of(10)},
+        "cpu Unheard avx2": {"gelu": of(1), "relu": of(1)},
+        "cpu": {"gelu": of(300), "silu": of(20)},
+    }
+    path.write_text(json.dumps({"sizes": sizes}))
+    monkeypatch.setenv("PYDL_CALIBRATION", str(path))
+    table = calibration.read()
+    assert {op: limits[1] for (_, op, _), limits in table.items()} == {"gelu": 10, "silu": 20}
+    assert {device for device, *_ in table} == {"cpu"}
+
+
 def test_channels_of_few_values_are_measured_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pydl import autograd
 from pydl.autograd import Rule
-from pydl.backends import empty_like, kernel
+from pydl.backends import empty, empty_like, kernel
 from pydl.ops.bias_act import definition as act_definition
 
 
@@ -135,16 +135,13 @@ def scratch(folded: Tensor, groups: int, pieces: int) -> Tensor:
     """fp64 memory for two sums a piece and channel, two a channel and two a group."""
     samples, _, channels, _ = folded.shape
     count = 2 * samples * ((pieces + 1) * channels + groups)
-    return torch.empty(count, dtype=torch.float64, device=folded.device)
+    return empty(folded, torch.float64, count)
 
 
 def empty_moments(folded: Tensor, groups: int) -> list[Tensor]:
     """Where the kernels put mean, what is left of it, and biased variance of (sample, group)."""
-    shape = (folded.shape[0], groups)
-    return [
-        torch.empty(shape, dtype=autograd.wide_dtype(folded), device=folded.device)
-        for _ in range(3)
-    ]
+    dtype, samples = autograd.wide_dtype(folded), folded.shape[0]
+    return [empty(folded, dtype, samples, groups) for _ in range(3)]
 
 
 def flat(weight: Tensor | None) -> Tensor | None:

@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from pydl.backends import empty
+
 
 class Channels:
     """How a tensor of `like`'s shape folds to three dense dimensions and back.
@@ -53,5 +55,5 @@ def sums(folded: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
     channels, n = folded.shape[1], folded.numel()
     most = 1024 if folded.is_cuda else 64
     pieces = max(1, min(most, n // 8192, n // (16 * max(1, channels))))
-    total = torch.empty(channels, dtype=parameter.dtype, device=folded.device)
-    return total, torch.empty(pieces, channels, dtype=torch.float64, device=folded.device)
+    total = empty(folded, parameter.dtype, channels)
+    return total, empty(folded, torch.float64, pieces, channels)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pydl import autograd
 from pydl.autograd import Rule
-from pydl.backends import FLOATS, choose, empty_like, kernel
+from pydl.backends import FLOATS, choose, empty, empty_like, kernel
 
 
 def layer_norm_definition(
@@ -47,7 +47,7 @@ def flat(weight: Tensor | None) -> Tensor | None:
 
 def numbers(x2: Tensor) -> Tensor:
     """Where the kernels put a number a row."""
-    return torch.empty(x2.shape[0], dtype=autograd.wide_dtype(x2), device=x2.device)
+    return empty(x2, autograd.wide_dtype(x2), x2.shape[0])
 
 
 def sums(x2: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
@@ -61,15 +61,17 @@ def sums(x2: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]) ->
     for weight, need in zip(weights, needs, strict=True):
         wanted = weight is not None and need
         dtype = weight.dtype if weight is not None else torch.float32
-        found.append(torch.empty(n if wanted else 0, dtype=dtype, device=x2.device))
+        found.append(empty(x2, dtype, n if wanted else 0))
     most = (2112 if n <= 512 else 528) if x2.is_cuda else 32
     pieces = max(1, min(most, rows // 4)) if any(f.numel() for f in found) else 0
-    found.append(torch.empty(pieces, 2, n, dtype=torch.float64, device=x2.device))
+    found.append(empty(x2, torch.float64, pieces, 2, n))
     return found
 
 
 def shaped(grad: Tensor, weight: Tensor | None) -> Tensor | None:
-    return grad.view(weight.shape) if weight is not None and grad.numel() else None
+    if weight is None or not grad.numel():
+        return None
+    return grad if weight.dim() == 1 else grad.view(weight.shape)
 
 
 def _forward(
@@ -90,7 +92,8 @@ def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tup
     kernel(backend, "layer_norm_bwd")(
         dx, dweight, dbias, partials, as_rows(dy, scalars[0]), x2, mean, rstd, flat(weight)
     )
-    return dx.view(x.shape), shaped(dweight, weight), shaped(dbias, bias)
+    dx = dx if x2 is x else dx.view(x.shape)
+    return dx, shaped(dweight, weight), shaped(dbias, bias)
 
 
 def _laid_out(y: Tensor, x: Tensor) -> Tensor:
