@@ -87,6 +87,17 @@ def test_linear(dtype: torch.dtype) -> None:
         assert torch.autograd.gradgradcheck(run, (x, weight))
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 0), (0, 3, 2), (2, 3, 0), (2, 0, 3)], ids=str)
+def test_linear_of_nothing(shape: tuple[int, int, int]) -> None:
+    rows, width, out = shape
+    x, weight = torch.ones(rows, width, requires_grad=True), torch.ones(out, width)
+    weight.requires_grad_()
+    y = linear("cpu", x, weight)
+    assert torch.equal(y, torch.zeros(rows, out) + width)
+    for grad, like in zip(torch.autograd.grad(y.sum(), (x, weight)), (x, weight), strict=True):
+        assert grad.shape == like.shape
+
+
 def test_misfits_are_named() -> None:
     run = kernel("cpu", "product")
     ones = torch.ones

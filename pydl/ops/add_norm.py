@@ -101,8 +101,11 @@ def _backward(op: str, weights: int) -> Callable[..., tuple]:
         given, found = saved[1 : 1 + weights], saved[1 + weights :]
         seed, p, dims, _, dtype, _ = scalars
         if dy is None:
-            dinput = dnew if seed is None else _dropout_kernel(backend, dnew, seed, p)
-            return (dinput.to(dtype), dnew, *(None for _ in given))
+            dinput = None
+            if needs[0]:
+                dinput = dnew if seed is None else _dropout_kernel(backend, dnew, seed, p)
+                dinput = dinput.to(dtype)
+            return (dinput, dnew if needs[1] else None, *(None for _ in given))
         if h.dtype == dtype and not needs[0]:
             seed, p = None, 0.0
         # Without dropout, and in one dtype, both gradients are one tensor.
@@ -116,9 +119,11 @@ def _backward(op: str, weights: int) -> Callable[..., tuple]:
             dinput, dresidual, *totals, partials, dy2, dnew2, h2, *found, flat(given[0]), seed, p
         )
         dinput = dinput.view(h.shape)
+        # One that is not asked for is none: the other's tensor in its place would pass for it when
+        # it is differentiated again.
         return (
-            dinput,
-            dresidual.view(h.shape) if split else dinput,
+            dinput if needs[0] else None,
+            dresidual.view(h.shape) if split else dinput if needs[1] else None,
             *(shaped(total, weight) for total, weight in zip(totals, given, strict=True)),
         )
 

@@ -3,6 +3,8 @@ bits, which a BLAS does not promise for other threads or other addresses."""
 
 from __future__ import annotations
 
+from math import prod
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,21 +22,24 @@ def product(backend: str, a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def _matrix(x: Tensor) -> Tensor:
+    """(1, rows, columns), in what is computed in."""
+    return wide(x).reshape(1, prod(x.shape[:-1]), x.shape[-1])
+
+
 def _forward(backend: str, x: Tensor, weight: Tensor) -> Tensor:
-    x3 = wide(x).reshape(1, -1, x.shape[-1])
-    out = product(backend, x3, wide(weight).t()[None])
+    out = product(backend, _matrix(x), wide(weight).t()[None])
     return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
     x, weight = saved
-    dy3 = wide(dy).reshape(1, -1, weight.shape[0])
+    dy3 = _matrix(dy)
     dx = dweight = None
     if needs[0]:
         dx = product(backend, dy3, wide(weight)[None]).to(x.dtype).view(x.shape)
     if needs[1]:
-        x3 = wide(x).reshape(1, -1, x.shape[-1])
-        dweight = product(backend, dy3.transpose(1, 2), x3)[0].to(weight.dtype)
+        dweight = product(backend, dy3.transpose(1, 2), _matrix(x))[0].to(weight.dtype)
     return dx, dweight
 
 
