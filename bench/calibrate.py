@@ -27,7 +27,7 @@ from bench.options import KERNELS, Settings
 from bench.parity import several
 from bench.report import geometric_mean
 from pydl import backends, calibration
-from pydl.table import TABLE, Case, Make, Op, Sized
+from pydl.table import ATTENTION, TABLE, Case, Make, Op, Sized
 
 TABLE_FILE = Path(calibration.__file__).with_name("calibration.json")
 DTYPES = ("float32", "bfloat16", "float16")  # fp64 stays native
@@ -38,8 +38,6 @@ BUDGET = Budget(seconds=0.05, rounds=5, sample=1e-4, most=40)
 LONG = Budget(seconds=0.0, rounds=3, sample=0.0, most=3)
 QUICK = Budget(seconds=0.01, rounds=3, sample=1e-5, most=5)
 
-
-QUADRATIC = ("attention", "linear_attention", "score")
 Adapt = Callable[[Case], Case]
 
 
@@ -148,7 +146,7 @@ def limits(
             shapes = list(dict.fromkeys(key.sized(size)))
             budget = QUICK if quick else BUDGET
             if size == LARGEST:
-                if key.op.family in QUADRATIC:
+                if key.op.family in ATTENTION:
                     continue
                 shapes, budget = shapes[:1], LONG
             make = Make(dtype, device, key.name)

@@ -15,6 +15,7 @@ import torch
 import pydl
 from bench import ROOT
 from bench.peers import PEERS
+from pydl import processor
 from pydl._native import C
 
 
@@ -34,15 +35,6 @@ def commit() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
     }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
@@ -73,7 +65,7 @@ def record(device: str) -> dict[str, Any]:
         **commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "cpu": cpu_name(),
+        "cpu": processor.name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_level": C.cpu_level(),

@@ -111,7 +111,7 @@ def load_triton() -> None:
 def unavailable(name: str) -> str | None:
     """Why a backend cannot be used on this machine, or None if it can."""
     if name == "cuda" and not cuda_devices():
-        if not any(backend == "cuda" for backend, *_ in C.entries()):
+        if not _cuda_built:
             return "pydl was built without CUDA: nvcc and a CUDA build of torch make it"
         return "torch sees no CUDA device"
     if name == "triton":
@@ -136,8 +136,7 @@ def cuda_devices() -> tuple[str, ...]:
     """Device types that backend `cuda` serves here."""
     if _emulated:
         return ("cpu",)
-    built = any(backend == "cuda" for backend, *_ in C.entries())
-    return ("cuda",) if built and torch.cuda.is_available() else ()
+    return ("cuda",) if _cuda_built and torch.cuda.is_available() else ()
 
 
 def triton_devices() -> tuple[str, ...]:

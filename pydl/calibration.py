@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from pydl import processor
 from pydl._native import C
 
 NEVER = 1 << 62
@@ -28,14 +29,7 @@ def kind(device: str) -> str:
     """The part of the table that a measurement on this machine's device of a type goes to."""
     if device != "cpu":
         return device
-    vendor = platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("vendor_id"):
-                vendor = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
+    vendor = processor.fact("vendor_id") or platform.machine()
     return f"cpu {vendor} {C.cpu_level()}"
 
 

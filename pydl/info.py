@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pydl import backends, calibration, pool
+from pydl import backends, calibration, pool, processor
 from pydl._native import C
 
 SWITCHES = {
@@ -36,15 +36,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _size(nbytes: int) -> str:
     return f"{nbytes / 2**20:,.0f} MiB"
 
@@ -68,7 +59,9 @@ def _versions() -> Section:
 def _devices() -> Section:
     level, machine = C.cpu_level(), C.machine_level()
     less = "" if level == machine else f" (PYDL_CPU_LEVEL; the machine has {machine})"
-    found = {"cpu": f"{_processor()}, {torch.get_num_threads()} threads, kernels for {level}{less}"}
+    found = {
+        "cpu": f"{processor.name()}, {torch.get_num_threads()} threads, kernels for {level}{less}"
+    }
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
         found[f"cuda:{i}"] = (
