@@ -5,8 +5,9 @@ Every op is measured over sizes, forward under no_grad and forward with backward
 it: through the public function, against native PyTorch, interleaved. A kernel is taken from the
 smallest size on at which it is faster by 3 % (geometric mean over the row's shapes of that size),
 if at that and every larger size it is slower on none of them; close calls are measured twice. The
-largest size, 64 million elements, is measured on one shape, and not for attention. The result
-replaces the part of `pydl/calibration.json` for this kind of device and leaves the others alone.
+sizes of 16 and 64 million elements are measured on one shape, and not for attention; products are
+measured to a million, from which on they grow alike. The result replaces the part of
+`pydl/calibration.json` for this kind of device and leaves the others alone.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from pydl.table import ATTENTION, TABLE, Case, Make, Op, Sized
 
 TABLE_FILE = Path(calibration.__file__).with_name("calibration.json")
 DTYPES = ("float32", "bfloat16", "float16")  # fp64 stays native
-LARGEST = 1 << 26  # 64 million elements
-SIZES = (*(4**k for k in range(5, 12)), LARGEST)  # from 1 thousand to 4 million, and the largest
+SIZES = tuple(4**k for k in range(5, 14))  # from 1 thousand to 64 million
+LARGE = 4**12  # sizes from here on are measured on one shape
+# Families of many operations an element: how many elements are enough to know.
+MOST = dict.fromkeys(ATTENTION, LARGE - 1) | {"product": 1 << 20}
 GAIN, EVEN = 1.03, 0.98
 BUDGET = Budget(seconds=0.05, rounds=5, sample=1e-4, most=40)
 LONG = Budget(seconds=0.0, rounds=3, sample=0.0, most=3)
@@ -143,11 +146,11 @@ def limits(
     for grad in (False, True):
         found: dict[int, Gains] = {}
         for size in sorted(sizes, reverse=True):
+            if size > MOST.get(key.op.family, size):
+                continue
             shapes = list(dict.fromkeys(key.sized(size)))
             budget = QUICK if quick else BUDGET
-            if size == LARGEST:
-                if key.op.family in ATTENTION:
-                    continue
+            if size >= LARGE:
                 shapes, budget = shapes[:1], LONG
             make = Make(dtype, device, key.name)
             cases = (adapt(key.op.bench(make, shape)) for shape in shapes for adapt in key.adapts)

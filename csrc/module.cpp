@@ -458,7 +458,8 @@ PyObject* empty_like(PyObject*, PyObject* argument) {
     return nullptr;
   }
 }
-// empty(like, dtype, *sizes): torch.empty on the device of a tensor.
+// empty(like, dtype, *sizes): torch.empty on the device of a tensor, with a large CPU tensor's
+// memory from the pool.
 PyObject* empty(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count < 3 || !THPVariable_Check(arguments[0]) || !THPDtype_Check(arguments[1])) {
@@ -469,6 +470,12 @@ PyObject* empty(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   c10::SmallVector<int64_t, 4> sizes;
   for (Py_ssize_t i = 2; i < count; ++i) sizes.push_back(THPUtils_unpackLong(arguments[i]));
   if (like.is_cpu() && nothing_watches()) {
+    int64_t bytes = static_cast<int64_t>(c10::elementSize(dtype));
+    for (const int64_t size : sizes) bytes *= size;
+    if (bytes >= kPoolMinimum && pool_info().cap > 0) {
+      return THPVariable_Wrap(at::detail::empty_generic(
+          sizes, pool(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt));
+    }
     return THPVariable_Wrap(at::detail::empty_cpu(sizes, dtype));
   }
   return THPVariable_Wrap(at::empty(sizes, at::TensorOptions().dtype(dtype).device(like.device())));

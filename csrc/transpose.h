@@ -43,9 +43,9 @@ PYDL_HD void exchange(vfloat* x) {
   }
 }
 
-// to (columns x rows) = from (rows x columns), whose rows can be read to the end of a register.
-// Rows of `to` are padded with zeros.
-template <class A>
+// to (columns x rows) = from (rows x columns), whose rows can be read to the end of a register
+// where `kPadded`. Rows of `to` are padded with zeros.
+template <class A, bool kPadded = true>
 void transpose(const A* from, int64_t from_row, int64_t rows, int64_t columns, A* to,
                int64_t to_row) {
   constexpr int64_t kWidth = Register<A>::lanes;
@@ -57,7 +57,8 @@ void transpose(const A* from, int64_t from_row, int64_t rows, int64_t columns, A
         vfloat x[kWidth];
 #pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i) {
-          x[i] = r + i < rows ? load(from + (r + i) * from_row + c) : vfloat{};
+          const float* const at = from + (r + i) * from_row + c;
+          x[i] = r + i >= rows ? vfloat{} : kPadded ? load(at) : load_some(at, columns - c);
         }
         if constexpr (kWidth > 8) exchange<8>(x);
         if constexpr (kWidth > 4) exchange<4>(x);

@@ -308,7 +308,8 @@ _compiled_empty: Callable[..., Tensor] = C.empty
 
 
 def empty(like: Tensor, dtype: torch.dtype, *sizes: int) -> Tensor:
-    """`torch.empty` on the device of `like`, for small tensors that kernels write numbers to."""
+    """`torch.empty` on the device of `like`, with the memory of a large CPU tensor from the
+    pool."""
     if torch.compiler.is_compiling():
         return torch.empty(sizes, dtype=dtype, device=like.device)
     return _compiled_empty(like, dtype, *sizes)

@@ -22,6 +22,7 @@ from pydl.ops.gated_act import gated_act
 from pydl.ops.layer_norm import layer_norm, rms_norm
 from pydl.ops.linear import linear_attention, linear_attention_step
 from pydl.ops.local_attention import local_attention
+from pydl.ops.product import linear
 from pydl.ops.score_attention import additive_attention, gaussian_attention
 from pydl.ops.varlen_attention import varlen_attention
 
@@ -40,6 +41,7 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "leaky_relu",
+    "linear",
     "linear_attention",
     "linear_attention_step",
     "local_attention",

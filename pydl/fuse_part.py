@@ -18,6 +18,7 @@ LEFT = "its activation or sum is fused with something else already"
 _SPACES = (nn, pydl_nn)
 _KINDS: dict[type, str] = {
     nn.Linear: "linear",
+    pydl_nn.Linear: "linear",
     **{getattr(space, name): "norm" for space in _SPACES for name in NORMS},
     **{getattr(space, name): "gate" for space in _SPACES for name in ACTIVATIONS},
     **{getattr(space, name): "sum" for space in _SPACES for name in ("LayerNorm", "RMSNorm")},

@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydl import functional
@@ -26,7 +25,8 @@ from pydl.fuse_step import (
     still,
     value_of,
 )
-from pydl.nn.steps import added, adds, batch_norm_worthwhile, normed, plain, worthwhile
+from pydl.nn.steps import LINEARS, added, adds, batch_norm_worthwhile, normed, plain, worthwhile
+from pydl.ops.product import linear_layer
 
 
 class Fused:
@@ -44,7 +44,7 @@ class Fused:
         """A batch normalisation's or linear layer's call; `producer`: what made the input, where
         code runs before the activation."""
         input = value_of(input)
-        if type(bn) is nn.Linear:
+        if type(bn) in LINEARS:
             free = worthwhile(bn, input, self._pydl_backend) and plain(bn) and makes(producer)
             return Layer(bn, input) if free else bn(input)
         if (
@@ -96,7 +96,8 @@ class Fused:
             elif not isinstance(call, str) and not still(call, act):
                 act = None
             if act is not None and value.wins(backend):
-                y = F.linear(value.input, layer.weight)
+                own = getattr(layer, "backend", backend)
+                y = linear_layer(value.input, layer.weight, None, own)
                 return functional.bias_act(y, layer.bias, act, act_param=param, backend=backend)
             value = value.value()
         if isinstance(call, str):

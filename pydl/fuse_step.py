@@ -57,7 +57,7 @@ METHODS = {name + end: name for name in ("relu", "sigmoid", "tanh") for end in (
 # Modules whose output is always memory of its own.
 PRODUCERS: tuple[type, ...] = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.Linear,
+    nn.Linear, pydl_nn.Linear,
 )  # fmt: skip
 BATCH_NORMS: tuple[type, ...] = tuple(getattr(pydl_nn, name) for name in NORMS)
 _ACTS = {getattr(pydl_nn, name): known for name, known in ACTIVATIONS.items()}

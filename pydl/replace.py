@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pydl import nn as pydl_nn
 from pydl.backends import NAMES, unavailable
@@ -64,6 +65,7 @@ for _name in (
     "InstanceNorm3d",
     "LayerNorm",
     "LeakyReLU",
+    "Linear",
     "Mish",
     "MultiheadAttention",
     "PReLU",
@@ -142,6 +144,8 @@ class _Matcher:
     def __call__(self, module: nn.Module) -> _Match | None:
         """None for a module that neither is nor derives from one with a twin."""
         cls, base = type(module), _base(module)
+        if cls is NonDynamicallyQuantizableLinear:
+            return None  # nn.MultiheadAttention reads its parameters and does not call it
         if cls in TWINS:
             return _Match(cls, TWINS[cls], class_name(TWINS[cls]), "same function, fused")
         if base is not cls and candidate(module):
@@ -230,11 +234,6 @@ def replace(
     for found in everything:
         known = match(found.module)
         if known is None:
-            if type(found.module) is nn.Linear:
-                if excluded.matches(found):
-                    left[id(found.module)] = "excluded"
-                elif included.patterns and not included.fits(found):
-                    left[id(found.module)] = "not included"
             continue
         if known.twin is not None:
             twinned.append(id(found.module))

@@ -230,7 +230,7 @@ def plain(op: Op) -> Case:
 
 def by_rows(op: Op) -> bool:
     """Whether elements of a row meet."""
-    return op.family in ("layer_norm", "add_norm", "batch_norm", *ATTENTION)
+    return op.family in ("layer_norm", "add_norm", "batch_norm", "product", *ATTENTION)
 
 
 def judged(

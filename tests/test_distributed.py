@@ -65,7 +65,7 @@ class Net(nn.Module):
 def replaced(dropout: float = 0.0) -> Net:
     model = Net(dropout)
     report = pydl.replace(model, backend="cpu")
-    assert len(report) == 2 * 5 + 4, report
+    assert len(report) == 2 * 7 + 6, report
     return model
 
 

@@ -72,7 +72,7 @@ def test_changes_nothing(training: bool, dropout: float) -> None:
     assert torch.equal(x, X) and report.dry_run and not report.undone
     assert report.measured is not None and report.measured.both is not None
     report = pydl.replace(model, example_inputs={"x": x}, backend="cpu")
-    assert type(model.body[2]) is pydl.nn.Mish and len(report) == 2
+    assert type(model.body[2]) is pydl.nn.Mish and len(report) == 4
     report.undo()
     assert_same(model, before)
     mode = "training" if training else "evaluation"

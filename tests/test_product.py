@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pydl.backends import kernel
-from pydl.ops.product import linear, product
+from pydl.ops.product import product, projected
 
 SHAPES = [
     (1, 1, 1, 1), (2, 9, 17, 33), (3, 97, 300, 65), (1, 200, 1030, 64), (0, 2, 3, 4), (1, 0, 3, 4),
@@ -70,7 +70,7 @@ def test_linear(dtype: torch.dtype) -> None:
     """torch's linear and its gradients, rounded once."""
     x, weight = _factors((2, 9, 17, 33), torch.float64, "contiguous")
     x, weight = x.to(dtype).requires_grad_(), weight[0].t().to(dtype).requires_grad_()
-    y = linear("cpu", x, weight)
+    y = projected("cpu", x, weight)
     dy = torch.ones_like(y)
     found = [y, *torch.autograd.grad(y, (x, weight), dy)]
     x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
@@ -82,7 +82,7 @@ def test_linear(dtype: torch.dtype) -> None:
             one.detach().double(), other.detach(), rtol=torch.finfo(dtype).eps, atol=1e-5
         )
     if dtype == torch.float64:
-        run = lambda x, w: linear("cpu", x, w)  # noqa: E731
+        run = lambda x, w: projected("cpu", x, w)  # noqa: E731
         assert torch.autograd.gradcheck(run, (x, weight))
         assert torch.autograd.gradgradcheck(run, (x, weight))
 
@@ -92,7 +92,7 @@ def test_linear_of_nothing(shape: tuple[int, int, int]) -> None:
     rows, width, out = shape
     x, weight = torch.ones(rows, width, requires_grad=True), torch.ones(out, width)
     weight.requires_grad_()
-    y = linear("cpu", x, weight)
+    y = projected("cpu", x, weight)
     assert torch.equal(y, torch.zeros(rows, out) + width)
     for grad, like in zip(torch.autograd.grad(y.sum(), (x, weight)), (x, weight), strict=True):
         assert grad.shape == like.shape
@@ -103,10 +103,10 @@ def test_misfits_are_named() -> None:
     ones = torch.ones
     for out, a, b, what in (
         (ones(1, 2, 3), ones(1, 2, 4), ones(1, 5, 3), r"\(batch, M, N\), \(batch, M, K\)"),
-        (ones(2, 3), ones(2, 4), ones(4, 3), r"\(batch, M, N\), \(batch, M, K\)"),
+        (ones(2, 3), ones(1, 2, 4), ones(4, 3), r"\(batch, M, N\), \(batch, M, K\)"),
         (ones(1, 3, 2).mT, ones(1, 2, 4), ones(1, 4, 3), "dense memory"),
         (ones(1, 2, 3), ones(1, 2, 4).double(), ones(1, 4, 3), "of one dtype"),
         (*(ones(1, 1, 1).half(),) * 3, "float32 or float64"),
     ):
         with pytest.raises(RuntimeError, match=f"product: wants .*{what}"):
-            run(out, a, b)
+            run(out, a, b, None)

@@ -37,7 +37,8 @@ def test_replaces_and_undoes() -> None:
     report = pydl.replace(model)
     assert type(model.body[1]) is pydl.nn.Mish and model.body[1] is model.body[6]
     assert type(model.body[3]) is pydl.nn.PReLU and type(model.body[4][0]) is pydl.nn.GELU
-    assert len(report.replaced) == 3 and "Mish" in str(report)
+    assert type(model.body[0]) is pydl.nn.Linear
+    assert len(report.replaced) == 6 and "Mish" in str(report)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == keys
     model.eval()
@@ -70,7 +71,7 @@ def test_trains_the_same(asked: str | None) -> None:
 
 def test_dry_run_and_filters_change_nothing_else() -> None:
     model = Net()
-    assert len(pydl.replace(model, dry_run=True).replaced) == 3
+    assert len(pydl.replace(model, dry_run=True).replaced) == 6
     assert type(model.body[1]) is nn.Mish
     pydl.replace(model, include=nn.Mish)
     assert type(model.body[1]) is pydl.nn.Mish and type(model.body[3]) is nn.PReLU

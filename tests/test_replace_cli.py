@@ -94,4 +94,4 @@ def test_from_the_shell() -> None:
         "import runpy, sys; sys.argv = ['pydl', 'replace', 'examples.digits_mlp:network'];"
         "runpy.run_module('pydl', run_name='__main__')",
     )  # fmt: skip
-    assert "4 modules replaced" in done.stdout
+    assert "9 modules replaced" in done.stdout

@@ -34,6 +34,7 @@ from pydl.nn.blocks import (
 )
 from pydl.nn.encoder import TransformerEncoderLayer
 from pydl.nn.gated import GEGLU, GLU, BiasAct, GatedAct, MishGLU, ReGLU, SwiGLU
+from pydl.nn.linear import Linear
 from pydl.nn.linear_attention import LinearAttention
 from pydl.nn.norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from pydl.nn.sync_batch_norm import SyncBatchNorm
@@ -62,6 +63,7 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "LeakyReLU",
+    "Linear",
     "LinearAttention",
     "LocalAttention",
     "Mish",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pydl import functional as F
 from pydl.backends import choose, requested
 from pydl.nn.activation import HasBackend
+from pydl.ops.product import linear_layer
 
 OP = "scaled_dot_product_attention"
 
@@ -113,7 +114,7 @@ class MultiheadAttention(HasBackend, nn.MultiheadAttention):
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, backend=self.backend)
         out = out.permute(0, 2, 1, 3) if first else out.permute(2, 0, 1, 3)
-        out = TF.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = self._linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if batched:
             return out, weights
         return out[0], None if weights is None else weights[0]
@@ -183,6 +184,9 @@ class MultiheadAttention(HasBackend, nn.MultiheadAttention):
             RuntimeError,
         )
 
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_layer(x, weight, bias, self.backend)
+
     def _projected(
         self, query: Tensor, key: Tensor, value: Tensor, self_attention: bool, one_source: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,23 +195,23 @@ class MultiheadAttention(HasBackend, nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             parts = (None, None, None) if bias is None else bias.chunk(3)
             return (
-                TF.linear(query, self.q_proj_weight, parts[0]),
-                TF.linear(key, self.k_proj_weight, parts[1]),
-                TF.linear(value, self.v_proj_weight, parts[2]),
+                self._linear(query, self.q_proj_weight, parts[0]),
+                self._linear(key, self.k_proj_weight, parts[1]),
+                self._linear(value, self.v_proj_weight, parts[2]),
             )
         weight, sizes = self.in_proj_weight, [self.embed_dim, 2 * self.embed_dim]
         if self_attention and one_source:
-            q, k, v = TF.linear(query, weight, bias).chunk(3, -1)
+            q, k, v = self._linear(query, weight, bias).chunk(3, -1)
         elif one_source:
             w = weight.split(sizes)
             b = (None, None) if bias is None else bias.split(sizes)
-            q = TF.linear(query, w[0], b[0])
-            k, v = TF.linear(key, w[1], b[1]).chunk(2, -1)
+            q = self._linear(query, w[0], b[0])
+            k, v = self._linear(key, w[1], b[1]).chunk(2, -1)
         else:
             w = weight.chunk(3)
             b = (None, None, None) if bias is None else bias.chunk(3)
             q, k, v = (
-                TF.linear(t, w[i], b[i]) for i, t in enumerate((query, key, value))
+                self._linear(t, w[i], b[i]) for i, t in enumerate((query, key, value))
             )  # fmt: skip
         return q, k, v
 

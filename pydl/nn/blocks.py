@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pydl.nn.activation import HasBackend
 from pydl.nn.batch_norm import BatchNorm2d, BatchNormAct
 from pydl.nn.gated import BiasAct
+from pydl.nn.linear import Linear
 
 
 class _Block(nn.Module):
@@ -278,8 +279,8 @@ class HighwayLayer(_Block):
             raise ValueError(f"pydl: HighwayLayer: gate_bias is {gate_bias}, wants less than 0")
         size = in_features if out_features is None else out_features
 
-        def linear() -> nn.Linear:
-            return nn.Linear(in_features, size, bias=False, device=device, dtype=dtype)
+        def linear() -> Linear:
+            return Linear(in_features, size, bias=False, device=device, dtype=dtype)
 
         self.transform = linear()
         self.transform_act = BiasAct(size, act, act_param=act_param, device=device, dtype=dtype)

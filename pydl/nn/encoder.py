@@ -12,8 +12,10 @@ from pydl import functional as F
 from pydl.backends import choose, requested
 from pydl.nn.activation import HasBackend
 from pydl.nn.attention import OP, MultiheadAttention
+from pydl.nn.linear import Linear
 from pydl.nn.norm import LayerNorm
-from pydl.nn.steps import added, adds, biased, normed, plain
+from pydl.nn.steps import LINEARS, added, adds, biased, normed, plain
+from pydl.ops.product import linear_layer
 
 
 class TransformerEncoderLayer(HasBackend, nn.TransformerEncoderLayer):
@@ -22,10 +24,10 @@ class TransformerEncoderLayer(HasBackend, nn.TransformerEncoderLayer):
 
     `y = norm1(x + drop(attention(x)))`, `norm2(y + drop(linear2(drop(act(linear1(y))))))`; with
     `norm_first` `y = x + drop(attention(norm1(x)))`, `y + drop(linear2(drop(act(linear1(norm2(
-    y))))))`. Attention, normalisation (with the sum before it) and, where they are torch's
-    functions, relu and gelu (with the bias before them) are pydl's. Where the backend of attention
-    is "torch", also by the automatic choice, torch's own forward runs them, with its fast path for
-    evaluation.
+    y))))))`. Attention, linear layers, normalisation (with the sum before it) and, where
+    they are torch's functions, relu and gelu (with the bias before them) are pydl's. Where the
+    backend of attention is "torch", also by the automatic choice, torch's own forward runs them,
+    with its fast path for evaluation.
 
     The attribute `backend`, when set, is set in all parts.
 
@@ -66,6 +68,8 @@ class TransformerEncoderLayer(HasBackend, nn.TransformerEncoderLayer):
             (self.self_attn, MultiheadAttention),
             (self.norm1, LayerNorm),
             (self.norm2, LayerNorm),
+            (self.linear1, Linear),
+            (self.linear2, Linear),
         ):
             object.__setattr__(part, "__class__", cls)
 
@@ -118,8 +122,9 @@ class TransformerEncoderLayer(HasBackend, nn.TransformerEncoderLayer):
 
     def _ff_block(self, x: Tensor) -> Tensor:
         layer, act = self.linear1, {TF.relu: "relu", TF.gelu: "gelu"}.get(self.activation)
-        if act and type(layer) is nn.Linear and plain(layer) and biased(layer, x, self.backend):
-            x = F.bias_act(TF.linear(x, layer.weight), layer.bias, act, backend=self.backend)
+        if act and type(layer) in LINEARS and plain(layer) and biased(layer, x, self.backend):
+            x = linear_layer(x, layer.weight, None, self.backend)
+            x = F.bias_act(x, layer.bias, act, backend=self.backend)
             return self.dropout2(self.linear2(self.dropout(x)))
         x = layer(x)
         if self.activation is TF.relu:

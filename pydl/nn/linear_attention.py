@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from pydl import functional as F
 from pydl.nn.activation import HasBackend
+from pydl.nn.linear import Linear
 from pydl.ops.linear import FeatureMap, State, feature_number
+from pydl.ops.product import linear_layer
 
 
 class LinearAttention(HasBackend, nn.Module):
@@ -83,13 +85,13 @@ class LinearAttention(HasBackend, nn.Module):
         made = {"device": device, "dtype": dtype}
         inner = self.heads * self.dim_head
         # One product for all three where they come from one sequence.
-        self.to_qkv: nn.Linear | None = None
+        self.to_qkv: Linear | None = None
         if context_dim is None:
-            self.to_qkv = nn.Linear(dim, 3 * inner, bias=bias, **made)
+            self.to_qkv = Linear(dim, 3 * inner, bias=bias, **made)
         else:
-            self.to_q = nn.Linear(dim, inner, bias=bias, **made)
-            self.to_kv = nn.Linear(context_dim, 2 * inner, bias=bias, **made)
-        self.to_out = nn.Linear(inner, dim, bias=out_bias, **made)
+            self.to_q = Linear(dim, inner, bias=bias, **made)
+            self.to_kv = Linear(context_dim, 2 * inner, bias=bias, **made)
+        self.to_out = Linear(inner, dim, bias=out_bias, **made)
         self._set_decay(decay, learn_decay, device)
 
     def _set_decay(
@@ -146,8 +148,8 @@ class LinearAttention(HasBackend, nn.Module):
             inner = self.heads * self.dim_head
             weight, bias = self.to_qkv.weight, self.to_qkv.bias
             first, second = (None, None) if bias is None else (bias[:inner], bias[inner:])
-            (q,) = self._split(nn.functional.linear(x, weight[:inner], first), 1)
-            k, v = self._split(nn.functional.linear(source, weight[inner:], second), 2)
+            (q,) = self._split(linear_layer(x, weight[:inner], first, self.backend), 1)
+            k, v = self._split(linear_layer(source, weight[inner:], second, self.backend), 2)
         out = F.linear_attention(
             q, k, v, causal=self.causal, feature_map=self.feature_map, normalize=self.normalize,
             eps=self.eps, key_padding_mask=key_padding_mask, scale=self.scale,

@@ -13,9 +13,11 @@ from pydl import functional
 from pydl.backends import FLOATS, automatic, below, choose, requested
 from pydl.nn.derived import Derived, covers
 from pydl.nn.derived import add as add_derived
+from pydl.nn.linear import Linear
 from pydl.nn.norm import LayerNorm, RMSNorm
 from pydl.ops.channel_norm import measured_as
 
+LINEARS = (nn.Linear, Linear)
 _SUMMED = {LayerNorm: "layer_norm", RMSNorm: "rms_norm"}
 
 

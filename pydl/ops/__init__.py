@@ -9,5 +9,6 @@ from pydl.ops import (  # noqa: F401
     gated_act,
     layer_norm_rows,
     linear_attention_rows,
+    product_rows,
     score_attention_rows,
 )

@@ -20,7 +20,7 @@ from pydl import autograd
 from pydl.autograd import Rule, wide
 from pydl.backends import choose
 from pydl.ops.bias_act import lowered
-from pydl.ops.product import linear, product
+from pydl.ops.product import product, projected
 from pydl.ops.score import ADDITIVE, GAUSSIAN, Score, gradients, prepared, scores
 
 # What one chunk of queries may make: of (batch, queries, keys, width) in PyTorch, of (batch,
@@ -195,7 +195,7 @@ def additive_attention(
             )
     if mask is not None:
         mask = _mask(op, mask, query, keys)
-    q, k = linear(chosen, query, w_q), linear(chosen, keys, w_k)
+    q, k = projected(chosen, query, w_q), projected(chosen, keys, w_k)
     return _run(chosen, _ADDITIVE, _additive, q, k, values, w_v, mask)
 
 
