@@ -21,8 +21,15 @@ void attention_fwd(Out out, Out lse, Out rest, View query, View key, View value,
   const Quad r = Quad::of(kOp, "rest", rest);
   check_forward(a, query, o, l, r);
   if (query.sizes[0] * query.sizes[1] * query.sizes[2] == 0) return;
-  dispatch_float(kOp, query.dtype,
-                 [&](auto zero) { AttentionForward<decltype(zero)>{a, o, l, r}.run(); });
+  dispatch_float(kOp, query.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (kDots && std::is_same_v<T, bfloat16>) {
+      if (dot_mode && a.queries > AttentionForward<T>::kFew) {
+        return AttentionForward<T, true>{a, o, l, r}.run();
+      }
+    }
+    AttentionForward<T>{a, o, l, r}.run();
+  });
 }
 
 // scratch is for CUDA.
@@ -37,8 +44,13 @@ void attention_bwd(Out dquery, Out dkey, Out dvalue, Out dmask, Out drelative, O
   const Attention a = attention_of(kOp, args);
   const AttentionGradients g = gradients_of(
       a, args, {&dquery, &dkey, &dvalue, &dmask, &drelative, &dout, &dlse, &out, &lse, &rest});
-  dispatch_float(kOp, query.dtype,
-                 [&](auto zero) { AttentionBackward<decltype(zero)>{a, g}.run(); });
+  dispatch_float(kOp, query.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (kDots && std::is_same_v<T, bfloat16>) {
+      if (dot_mode) return AttentionBackward<T, true>{a, g}.run();
+    }
+    AttentionBackward<T>{a, g}.run();
+  });
 }
 
 }  // namespace

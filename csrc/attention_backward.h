@@ -9,9 +9,11 @@
 namespace pydl {
 inline namespace PYDL_ISA {
 
-template <class T>
+template <class T, bool kDot = false>
 struct AttentionBackward {
-  using A = acc_t<T>;
+  using F = Factors<T, kDot>;
+  using A = typename F::A;
+  using N = typename F::N;
   using V = typename Register<A>::type;
   static constexpr int64_t kWidth = Register<A>::lanes;
   static constexpr int64_t kTasks = 16;  // enough for any number of threads that gains by more
@@ -23,14 +25,21 @@ struct AttentionBackward {
   int64_t value_wide() const { return padded<A>(a.value_width); }
   int64_t key_tiles() const { return (a.keys + kKeyTile - 1) / kKeyTile; }
   int64_t window() const { return a.relative.sizes[3]; }
+  // Queries as terms of a product, to a register of pairs.
+  int64_t terms() const { return (a.queries + 2 * kWidth - 1) / (2 * kWidth) * (2 * kWidth); }
 
-  // A head's queries and upstream gradient as they are computed with.
+  // A head's queries and upstream gradient as they are computed with: as rows, and for products of
+  // pairs with the queries as terms.
   struct Head {
-    Buffer<A> q, dout, delta, lse, rest;
-    Matrix<A> d{nullptr, 0};
+    Buffer<N> q, dout, q_terms, d_terms, room;
+    Buffer<A> delta, lse, rest;
+    Matrix<N> d{nullptr, 0};
     explicit Head(const AttentionBackward& w)
         : q(w.a.queries * w.wide()),
           dout(w.a.queries * w.value_wide()),
+          q_terms(kDot ? w.wide() * w.terms() : 0),
+          d_terms(kDot ? w.value_wide() * w.terms() : 0),
+          room(kDot ? w.terms() * (w.wide() > w.value_wide() ? w.wide() : w.value_wide()) : 0),
           delta(w.a.queries),
           lse(w.a.queries),
           rest(w.a.queries) {}
@@ -40,10 +49,23 @@ struct AttentionBackward {
       const auto row = [&](const Quad& x, int64_t i) {
         return static_cast<const T*>(x.data) + x.at(tile.s.b, tile.h, first + i, 0);
       };
-      d = in_place_or(row(w.g.dout, 0), w.g.dout.strides[2], tile.s.queries, a.value_width,
-                      dout.data());
-      for (int64_t i = 0; i < tile.s.queries; ++i) {
-        convert_row(row(a.q, i), a.width, q.data() + i * w.wide(), static_cast<A>(a.scale));
+      const int64_t count = tile.s.queries;
+      if constexpr (kDot) {
+        const int64_t apart = w.g.dout.strides[2];
+        d = {dout.data(), w.value_wide()};
+        for (int64_t i = 0; i < count; ++i) {
+          convert_row(row(w.g.dout, i), a.value_width, dout.data() + i * d.row, A(1));
+        }
+        if (count > 0) {
+          transpose_rows(row(w.g.dout, 0), apart, count, a.value_width, d_terms.data(), w.terms(),
+                         room.data());
+        }
+      } else {
+        d = in_place_or(row(w.g.dout, 0), w.g.dout.strides[2], count, a.value_width, dout.data());
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        convert_row(row(a.q, i), a.width, q.data() + i * w.wide(),
+                    static_cast<A>(F::before(a.scale)));
         const T *const o = row(w.g.out, i), *const up = row(w.g.dout, i);
         V sum = spread(A(0));
         for (int64_t k = 0; k < a.value_width; k += kWidth) {
@@ -58,30 +80,50 @@ struct AttentionBackward {
         delta.data()[i] = static_cast<A>(add_lanes(sum));
         if (w.g.dlse.present()) delta.data()[i] -= number(w.g.dlse);
       }
+      if constexpr (kDot) {
+        transpose_rows(q.data(), w.wide(), count, a.width, q_terms.data(), w.terms(), room.data());
+      }
     }
   };
   // A tile of keys and values: transposed for the scores, as rows for dQ.
   struct Keys {
-    Buffer<A> k, v, rows;
-    Matrix<A> in_rows{nullptr, 0};
+    Buffer<N> k, v, rows, panel;
+    Matrix<N> in_rows{nullptr, 0};
     explicit Keys(const AttentionBackward& w)
-        : k(kKeyTile * w.a.width), v(kKeyTile * w.a.value_width), rows(kKeyTile * w.wide()) {}
+        : k(kKeyTile * F::depth(w.a.width)),
+          v(kKeyTile * F::depth(w.a.value_width)),
+          rows(kKeyTile * w.wide()),
+          panel(kDot ? kPanel<A> * (w.wide() + w.value_wide()) : 0) {}
     void fill(const AttentionBackward& w, const Tile<T>& tile, Range64 keys) {
       const Attention& a = w.a;
       const int64_t head = a.kv_head(tile.h), first = tile.s.first_k + keys.begin;
       const int64_t count = keys.end - keys.begin;
       const T* const from_k = static_cast<const T*>(a.k.data) + a.k.at(tile.s.b, head, first, 0);
       const T* const from_v = static_cast<const T*>(a.v.data) + a.v.at(tile.s.b, head, first, 0);
-      pack_panels(from_k, a.k.strides[2], count, a.width, k.data());
-      pack_panels(from_v, a.v.strides[2], count, a.value_width, v.data());
-      in_rows = in_place_or(from_k, a.k.strides[2], count, a.width, rows.data());
+      if constexpr (kDot) {
+        pack_panels(from_k, a.k.strides[2], count, a.width, k.data(), panel.data());
+        pack_panels(from_v, a.v.strides[2], count, a.value_width, v.data(), panel.data());
+        pack_rows(from_k, a.k.strides[2], count, a.width, rows.data(), w.wide());
+        std::memset(rows.data() + even(count) * w.wide(), 0,
+                    static_cast<size_t>((kKeyTile - even(count)) * w.wide()) * sizeof(N));
+        in_rows = {rows.data(), w.wide()};
+      } else {
+        pack_panels(from_k, a.k.strides[2], count, a.width, k.data());
+        pack_panels(from_v, a.v.strides[2], count, a.value_width, v.data());
+        in_rows = in_place_or(from_k, a.k.strides[2], count, a.width, rows.data());
+      }
     }
   };
   struct Room {
-    Buffer<A> weights, slopes, factors, caps, row;
+    Buffer<A> weights, slopes;
+    Buffer<N> weight_pairs, slope_pairs, slope_rows;
+    Buffer<A> factors, caps, row;
     Room()
         : weights(kQueryTile * kKeyTile + kPanel<A>),
           slopes(kQueryTile * kKeyTile + kPanel<A>),
+          weight_pairs(kDot ? kQueryTile * kKeyTile : 0),
+          slope_pairs(kDot ? kQueryTile * kKeyTile : 0),
+          slope_rows(kDot ? kQueryTile * kKeyTile + kWidth : 0),
           factors(kKeyTile + kWidth),
           caps(kKeyTile + kWidth),
           row(kKeyTile + kWidth) {}
@@ -152,21 +194,51 @@ struct AttentionBackward {
       const Range64 rows{qt * kQueryTile, tile.s.queries < (qt + 1) * kQueryTile
                                               ? tile.s.queries
                                               : (qt + 1) * kQueryTile};
-      const Seen part = tile.seen(rows, keys);
+      Seen part = tile.seen(rows, keys);
       if (part.rows.empty()) continue;
+      if constexpr (kDot) {
+        part.columns = {part.columns.begin / kWidth * kWidth, padded<A>(part.columns.end)};
+      }
       slopes(tile, rows, keys, part, head, packed, room, true, bias);
       const int64_t r0 = part.rows.begin, c0 = part.columns.begin;
       const int64_t count = part.rows.end - r0, columns = part.columns.end - c0;
       const A* const w = room.weights.data() + r0 * kKeyTile + c0;
       const A* const ds = room.slopes.data() + r0 * kKeyTile + c0;
       const int64_t i = rows.begin + r0;
-      multiply<A>(columns, value_wide(), count, {w, 1, kKeyTile}, head.d.data + i * head.d.row,
-                  head.d.row, dv + c0 * value_wide(), value_wide(), true);
-      multiply<A>(columns, wide(), count, {ds, 1, kKeyTile}, head.q.data() + i * wide(), wide(),
-                  dk + c0 * wide(), wide(), true);
-      multiply<A>(count, wide(), columns, {ds, kKeyTile, 1},
-                  packed.in_rows.data + c0 * packed.in_rows.row, packed.in_rows.row,
-                  dq + i * wide(), wide(), true);
+      if constexpr (kDot) {
+        pair_up(part, room);
+        multiply(a.value_width, columns, even(count), {head.d_terms.data() + i, terms(), 1},
+                 room.weight_pairs.data() + 2 * c0, 2 * kKeyTile, dv + c0, kKeyTile, true);
+        multiply(a.width, columns, even(count), {head.q_terms.data() + i, terms(), 1},
+                 room.slope_pairs.data() + 2 * c0, 2 * kKeyTile, dk + c0, kKeyTile, true);
+        multiply(count, wide(), columns, {room.slope_rows.data() + c0, kKeyTile, 1},
+                 packed.in_rows.data + c0 * wide(), 2 * wide(), dq + i * wide(), wide(), true);
+      } else {
+        multiply<A>(columns, value_wide(), count, {w, 1, kKeyTile}, head.d.data + i * head.d.row,
+                    head.d.row, dv + c0 * value_wide(), value_wide(), true);
+        multiply<A>(columns, wide(), count, {ds, 1, kKeyTile}, head.q.data() + i * wide(), wide(),
+                    dk + c0 * wide(), wide(), true);
+        multiply<A>(count, wide(), columns, {ds, kKeyTile, 1},
+                    packed.in_rows.data + c0 * packed.in_rows.row, packed.in_rows.row,
+                    dq + i * wide(), wide(), true);
+      }
+    }
+  }
+
+  // What products of pairs take of a tile's weights and slopes: neighbouring queries side by side,
+  // and the slopes as rows too.
+  void pair_up(const Seen& part, Room& room) const
+    requires kDot
+  {
+    const int64_t c0 = part.columns.begin, n = part.columns.end - c0;
+    for (int64_t r = part.rows.begin; r < part.rows.end; ++r) {
+      const int64_t at = r * kKeyTile + c0, to = (r - part.rows.begin) * kKeyTile;
+      narrow(room.slopes.data() + at, n, room.slope_rows.data() + to + c0);
+      if ((r - part.rows.begin) % 2) continue;
+      const bool two = r + 1 < part.rows.end;
+      const A *const w = room.weights.data() + at, *const ds = room.slopes.data() + at;
+      side_by_side(w, two ? w + kKeyTile : nullptr, n, room.weight_pairs.data() + to + 2 * c0);
+      side_by_side(ds, two ? ds + kKeyTile : nullptr, n, room.slope_pairs.data() + to + 2 * c0);
     }
   }
 
@@ -175,10 +247,11 @@ struct AttentionBackward {
   void slopes(const Tile<T>& tile, Range64 rows, Range64 keys, const Seen& part, const Head& head,
               const Keys& packed, Room& room, bool through, A* bias) const {
     const int64_t first = rows.begin;
-    tile.products({head.q.data() + first * wide(), wide(), 1}, a.width, packed.k.data(), part, rows,
-                  keys, room.weights.data());
-    tile.products({head.d.data + first * head.d.row, head.d.row, 1}, a.value_width, packed.v.data(),
-                  part, rows, keys, room.slopes.data());
+    tile.products(Strided<N>{head.q.data() + first * wide(), wide(), 1}, F::depth(a.width),
+                  packed.k.data(), part, rows, keys, room.weights.data());
+    tile.products(Strided<N>{head.d.data + first * head.d.row, head.d.row, 1},
+                  F::depth(a.value_width), packed.v.data(), part, rows, keys, room.slopes.data());
+    const A after = static_cast<A>(F::after(a.scale));
     const bool capped = a.softcap > 0 && through, adjusted = adjusts(a);
     for (int64_t r = part.rows.begin; r < part.rows.end; ++r) {
       A *const x = room.weights.data() + r * kKeyTile, *const y = room.slopes.data() + r * kKeyTile;
@@ -194,29 +267,31 @@ struct AttentionBackward {
       if (n <= 0) continue;
       const int64_t i = first + r, key = keys.begin + own.begin;
       A *const w = x + own.begin, *const ds = y + own.begin, *const side = room.row.data();
+      if (after != 1) {
+        each([&](V score) { return score * spread(after); }, n, w);
+      }
       if (adjusted) {
-        for (int64_t j = 0; j < n; ++j) side[j] = w[j];
+        std::memcpy(side, w, static_cast<size_t>(n) * sizeof(A));
         tile.adjust(side, capped ? room.caps.data() : nullptr, i, key, n);
-        for (int64_t j = 0; j < n; ++j) w[j] = side[j];
+        std::memcpy(w, side, static_cast<size_t>(n) * sizeof(A));
       }
       exponentials(w, n, lse, head.rest.data()[i]);
       const A delta = head.delta.data()[i];
       if (a.drops) {
         A* const f = room.factors.data();
         tile.factors(f, i, key, n);
-        for (int64_t j = 0; j < n; ++j) {
-          ds[j] = w[j] * (ds[j] * f[j] - delta);
-          w[j] *= f[j];
-        }
+        each([&](V up, V weight, V factor) { return weight * (up * factor - spread(delta)); }, n,
+             ds, w, f);
+        each([](V weight, V factor) { return weight * factor; }, n, w, f);
       } else {
-        for (int64_t j = 0; j < n; ++j) ds[j] = w[j] * (ds[j] - delta);
+        each([&](V up, V weight) { return weight * (up - spread(delta)); }, n, ds, w);
       }
       if (bias) {
         A* const to = bias + (key - (i + tile.s.shift) + a.left);
-        for (int64_t j = 0; j < n; ++j) to[j] += ds[j];
+        each([](V sum, V slope) { return sum + slope; }, n, to, ds);
       }
       if (capped) {
-        for (int64_t j = 0; j < n; ++j) ds[j] *= room.caps.data()[j];
+        each([](V slope, V cap) { return slope * cap; }, n, ds, room.caps.data());
       }
     }
   }
@@ -228,18 +303,31 @@ struct AttentionBackward {
       T* const to = static_cast<T*>(g.dq.data) + g.dq.at(tile.s.b, tile.h, tile.s.first_q + i, 0);
       A* const sum = parts + i * wide();
       for (int64_t k = 1; k < count; ++k) {
-        for (int64_t d = 0; d < a.width; ++d) sum[d] += parts[k * apart + i * wide() + d];
+        each([](V x, V part) { return x + part; }, a.width, sum, parts + k * apart + i * wide());
       }
       convert_back(sum, a.width, to, scale);
     }
   }
-  void write_keys(const Attention::Sequence& s, int64_t head, int64_t begin, int64_t end,
-                  const A* dk, const A* dv) const {
+  // The gradients of keys and values: a row each, or a column of their tile.
+  void write_keys(const Attention::Sequence& s, int64_t head, int64_t begin, int64_t end, A* dk,
+                  A* dv) const {
+    if constexpr (kDot) {
+      Buffer<A> rows(kKeyTile * (wide() > value_wide() ? wide() : value_wide()));
+      const auto turn = [&](A* tile, int64_t n) {
+        transpose(tile, kKeyTile, n, kKeyTile, rows.data(), padded<A>(n));
+        std::memcpy(tile, rows.data(), static_cast<size_t>(kKeyTile * padded<A>(n)) * sizeof(A));
+      };
+      for (int64_t j = 0; j < end - begin; j += kKeyTile) {
+        turn(dk + j * wide(), a.width);
+        turn(dv + j * value_wide(), a.value_width);
+      }
+    }
+    const A after = static_cast<A>(F::after(a.scale));
     for (int64_t j = begin; j < end && j < s.keys; ++j) {
       T* const to_k = static_cast<T*>(g.dk.data) + g.dk.at(s.b, head, s.first_k + j, 0);
       T* const to_v = static_cast<T*>(g.dv.data) + g.dv.at(s.b, head, s.first_k + j, 0);
       const A *const k = dk + (j - begin) * wide(), *const v = dv + (j - begin) * value_wide();
-      convert_back(k, a.width, to_k, A(1));
+      convert_back(k, a.width, to_k, after);
       convert_back(v, a.value_width, to_v, A(1));
     }
   }

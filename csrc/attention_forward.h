@@ -8,23 +8,26 @@
 namespace pydl {
 inline namespace PYDL_ISA {
 
-template <class T>
+template <class T, bool kDot = false>
 struct AttentionForward {
-  using A = acc_t<T>;
+  using F = Factors<T, kDot>;
+  using A = typename F::A;
+  using N = typename F::N;
   using V = typename Register<A>::type;
   static constexpr int64_t kWidth = Register<A>::lanes;
-  static constexpr int64_t kFew = 4;  // queries; so few do not pay for packing the keys
+  static constexpr int64_t kFew = kDot ? 0 : 4;  // queries; so few do not pay for packing the keys
 
   const Attention& a;
   const Quad &out, &lse, &rest;
 
   // Keys of a head, packed once and used by all its tiles of queries.
   struct Packed {
-    Buffer<A> keys, values;
+    Buffer<N> keys, values, panel;
     Buffer<uint8_t> done;
     Packed(const Attention& a, bool convert)
-        : keys(tiles(a) * kKeyTile * a.width),
+        : keys(tiles(a) * kKeyTile * F::depth(a.width)),
           values(convert ? tiles(a) * kKeyTile * padded<A>(a.value_width) : 0),
+          panel(kDot ? kPanel<A> * F::depth(a.width) : 0),
           done(tiles(a)) {}
     static int64_t tiles(const Attention& a) { return (a.keys + kKeyTile - 1) / kKeyTile; }
     void forget(const Attention& a) {
@@ -33,9 +36,11 @@ struct AttentionForward {
   };
   // What a tile of queries works with.
   struct Room {
-    Buffer<A> q, scores, sums, most, total, factors;
+    Buffer<N> q, weights;
+    Buffer<A> scores, sums, most, total, factors;
     explicit Room(const Attention& a)
         : q(kQueryTile * padded<A>(a.width)),
+          weights(kDot ? kBlockRows<A> * kKeyTile + kWidth : 0),
           scores(kQueryTile * kKeyTile + kPanel<A>),
           sums(kQueryTile * padded<A>(a.value_width)),
           most(kQueryTile),
@@ -44,7 +49,7 @@ struct AttentionForward {
   };
 
   bool converts() const {
-    return !std::is_same_v<T, A> || a.value_width != padded<A>(a.value_width);
+    return kDot || !std::is_same_v<T, A> || a.value_width != padded<A>(a.value_width);
   }
 
   void run() const {
@@ -75,15 +80,24 @@ struct AttentionForward {
     if (transposed && done < 2) {
       const T* const k =
           static_cast<const T*>(a.k.data) + a.k.at(tile.s.b, g, tile.s.first_k + keys.begin, 0);
-      pack_panels(k, a.k.strides[2], count, a.width, packed.keys.data() + kt * kKeyTile * a.width);
+      N* const to = packed.keys.data() + kt * kKeyTile * F::depth(a.width);
+      if constexpr (kDot) {
+        pack_panels(k, a.k.strides[2], count, a.width, to, packed.panel.data());
+      } else {
+        pack_panels(k, a.k.strides[2], count, a.width, to);
+      }
     }
     const bool values = converts() && done == 0;
     if (done < 1 + transposed) done = 1 + transposed;
     if (!values) return;
     const int64_t row = padded<A>(a.value_width);
-    A* const to = packed.values.data() + kt * kKeyTile * row;
-    for (int64_t j = 0; j < count; ++j) {
-      convert_row(value(tile, keys.begin + j), a.value_width, to + j * row, A(1));
+    N* const to = packed.values.data() + kt * kKeyTile * row;
+    if constexpr (kDot) {
+      pack_rows(value(tile, keys.begin), a.v.strides[2], count, a.value_width, to, row);
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        convert_row(value(tile, keys.begin + j), a.value_width, to + j * row, A(1));
+      }
     }
   }
   const T* value(const Tile<T>& tile, int64_t j) const {
@@ -98,11 +112,13 @@ struct AttentionForward {
     if (rows.empty()) return;
     const int64_t count = rows.end - rows.begin, wide = padded<A>(a.value_width);
     const int64_t row = padded<A>(a.width);
-    A *const q = room.q.data(), *const most = room.most.data(), *const total = room.total.data();
+    N* const q = room.q.data();
+    A *const most = room.most.data(), *const total = room.total.data();
     const T* const from =
         static_cast<const T*>(a.q.data) + a.q.at(s.b, tile.h, s.first_q + rows.begin, 0);
     for (int64_t r = 0; r < count; ++r) {
-      convert_row(from + r * a.q.strides[2], a.width, q + r * row, static_cast<A>(a.scale));
+      convert_row(from + r * a.q.strides[2], a.width, q + r * row,
+                  static_cast<A>(F::before(a.scale)));
       most[r] = kNothing<A>;
       total[r] = 0;
     }
@@ -115,13 +131,17 @@ struct AttentionForward {
       if (part.rows.empty()) continue;
       const bool few = count <= kFew;
       pack(tile, kt, keys, !few, packed);
-      if (few) {
-        const T* const k = static_cast<const T*>(a.k.data) +
-                           a.k.at(s.b, a.kv_head(tile.h), s.first_k + keys.begin, 0);
-        tile.products_of_few({q, row, 1}, k, a.k.strides[2], part, room.scores.data());
-      } else {
-        tile.products({q, row, 1}, a.width, packed.keys.data() + kt * kKeyTile * a.width, part,
-                      rows, keys, room.scores.data());
+      if constexpr (!kDot) {
+        if (few) {
+          const T* const k = static_cast<const T*>(a.k.data) +
+                             a.k.at(s.b, a.kv_head(tile.h), s.first_k + keys.begin, 0);
+          tile.products_of_few({q, row, 1}, k, a.k.strides[2], part, room.scores.data());
+        }
+      }
+      if (!few) {
+        const int64_t depth = F::depth(a.width);
+        tile.products(Strided<N>{q, row, 1}, depth, packed.keys.data() + kt * kKeyTile * depth,
+                      part, rows, keys, room.scores.data());
       }
       add(tile, rows, keys, part, packed, kt, room);
     }
@@ -133,16 +153,17 @@ struct AttentionForward {
            int64_t kt, Room& room) const {
     const int64_t wide = padded<A>(a.value_width);
     const bool adjusted = adjusts(a);
-    Matrix<A> values{packed.values.data() + kt * kKeyTile * wide, wide};
+    Matrix<N> values{packed.values.data() + kt * kKeyTile * wide, wide};
     if (!converts()) {
-      values = {reinterpret_cast<const A*>(value(tile, keys.begin)), a.v.strides[2]};
+      values = {reinterpret_cast<const N*>(value(tile, keys.begin)), a.v.strides[2]};
     }
     for (int64_t first = part.rows.begin; first < part.rows.end; first += kBlockRows<A>) {
       const int64_t last =
           first + kBlockRows<A> < part.rows.end ? first + kBlockRows<A> : part.rows.end;
       const Range64 of_first = tile.row_keys(rows.begin + first, keys);
-      const Range64 span{of_first.begin, tile.row_keys(rows.begin + last - 1, keys).end};
+      Range64 span{of_first.begin, tile.row_keys(rows.begin + last - 1, keys).end};
       if (span.empty()) continue;
+      if constexpr (kDot) span = {span.begin / 2 * 2, even(span.end)};
       for (int64_t r = first; r < last; ++r) {
         A* const x = room.scores.data() + r * kKeyTile;
         const Range64 own = tile.row_keys(rows.begin + r, keys);
@@ -152,22 +173,36 @@ struct AttentionForward {
         weigh(tile, rows.begin + r, keys.begin + own.begin, x + own.begin, own.end - own.begin, r,
               adjusted, room);
       }
-      multiply<A>(last - first, wide, span.end - span.begin,
-                  {room.scores.data() + first * kKeyTile + span.begin, kKeyTile, 1},
-                  values.data + span.begin * values.row, values.row,
-                  room.sums.data() + first * wide, wide, true);
+      const A* const scores = room.scores.data() + first * kKeyTile + span.begin;
+      Strided<N> weights{nullptr, kKeyTile, 1};
+      if constexpr (kDot) {
+        for (int64_t r = 0; r < last - first; ++r) {
+          narrow(scores + r * kKeyTile, span.end - span.begin, room.weights.data() + r * kKeyTile);
+        }
+        weights.data = room.weights.data();
+      } else {
+        weights.data = scores;
+      }
+      multiply(last - first, wide, span.end - span.begin, weights,
+               values.data + span.begin * values.row, kTerms<N> * values.row,
+               room.sums.data() + first * wide, wide, true);
     }
   }
 
   // x: n scores of query i, row r of the tile; becomes their weights.
   void weigh(const Tile<T>& tile, int64_t i, int64_t key, A* x, int64_t n, int64_t r, bool adjusted,
              Room& room) const {
+    if (F::after(a.scale) != 1) {
+      const A scale = static_cast<A>(a.scale);
+      each([&](V s) { return s * spread(scale); }, n, x);
+    }
     if (adjusted) {
-      const Buffer<A>& side = room.factors;
+      A* const side = room.factors.data();
+      const size_t bytes = static_cast<size_t>(n) * sizeof(A);
       // Registers may reach past the row's end: they work on a copy.
-      for (int64_t j = 0; j < n; ++j) side.data()[j] = x[j];
-      tile.adjust(side.data(), nullptr, i, key, n);
-      for (int64_t j = 0; j < n; ++j) x[j] = side.data()[j];
+      std::memcpy(side, x, bytes);
+      tile.adjust(side, nullptr, i, key, n);
+      std::memcpy(x, side, bytes);
     }
     A &most = room.most.data()[r], &total = room.total.data()[r];
     const A top = largest(x, n), above = top > most ? top : most;
@@ -193,7 +228,7 @@ struct AttentionForward {
     total += sum;
     if (!a.drops) return;
     tile.factors(room.factors.data(), i, key, n);
-    for (int64_t j = 0; j < n; ++j) x[j] *= room.factors.data()[j];
+    each([](V w, V factor) { return w * factor; }, n, x, room.factors.data());
   }
 
   void finish(const Tile<T>& tile, Range64 rows, const Room& room) const {

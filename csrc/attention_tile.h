@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention.h"
-#include "gemm.h"
+#include "dot.h"
 #include "math.h"
 #include "parallel.h"
 
@@ -15,6 +15,25 @@ constexpr int64_t kKeyTile = 128;
 
 template <class A>
 constexpr A kNothing = -std::numeric_limits<A>::infinity();
+
+template <class A>
+inline void clear(A* x, int64_t n) {
+  if (n > 0) std::memset(x, 0, static_cast<size_t>(n) * sizeof(A));
+}
+
+// x = f(x, more...) for n numbers each, a register at a time: GCC leaves such a loop scalar.
+template <class A, class F, class... More>
+PYDL_HD void each(const F& f, int64_t n, A* x, const More*... more) {
+  constexpr int64_t kWidth = Register<A>::lanes;
+  for (int64_t j = 0; j < n; j += kWidth) {
+    if constexpr (kWidth == 1) {
+      x[j] = f(x[j], static_cast<A>(to_float(more[j]))...);
+    } else {
+      const int64_t count = n - j < kWidth ? n - j : kWidth;
+      store_some(x + j, f(load_some(x + j, count), plain(load_some(more + j, count))...), count);
+    }
+  }
+}
 
 // The rows and columns of a tile that any query sees, relative to its corner.
 struct Seen {
@@ -79,20 +98,22 @@ struct Tile {
 
   // Products of `rows` queries with the packed keys, into scores of row `kKeyTile`, only where
   // something is seen. `from`: row r of the tile at r * from.row.
-  void products(const Strided<A>& from, int64_t depth, const A* panels, const Seen& part,
+  template <class N>
+  void products(const Strided<N>& from, int64_t depth, const N* panels, const Seen& part,
                 Range64 queries, Range64 keys, A* to) const {
     for (int64_t p = part.columns.begin / kPanel<A> * kPanel<A>; p < part.columns.end;
          p += kPanel<A>) {
       const int64_t end = p + kPanel<A> < part.columns.end ? p + kPanel<A> : part.columns.end;
       const int64_t first = p > part.columns.begin ? p : part.columns.begin;
       const Range64 above = a.seeing(s, keys.begin + first);
-      const Range64 below = a.seeing(s, keys.begin + end - 1);
+      const int64_t last = keys.begin + end < keys.end ? keys.begin + end : keys.end;
+      const Range64 below = a.seeing(s, last - 1);
       int64_t r0 = above.begin - queries.begin, r1 = below.end - queries.begin;
       r0 = r0 < part.rows.begin ? part.rows.begin : r0;
       r1 = r1 > part.rows.end ? part.rows.end : r1;
       if (r0 >= r1) continue;
-      multiply<A>(r1 - r0, end - p, depth, from.from(r0, 0), panels + p * depth, kPanel<A>,
-                  to + r0 * kKeyTile + p, kKeyTile, false);
+      multiply(r1 - r0, end - p, depth, from.from(r0, 0), panels + p * depth, kTerms<N> * kPanel<A>,
+               to + r0 * kKeyTile + p, kKeyTile, false);
     }
   }
 
@@ -126,31 +147,29 @@ struct Tile {
     }
     if (a.relative.present()) {
       const Quad& r = a.relative;
-      dispatch_float("attention", r.dtype, [&](auto zero) {
-        const auto* from = static_cast<const decltype(zero)*>(r.data) +
-                           r.at(0, h, 0, first - (i + s.shift) + a.left);
-        for (int64_t j = 0; j < n; ++j) x[j] += static_cast<A>(to_float(from[j * r.strides[3]]));
-      });
+      add(x, n, r, r.at(0, h, 0, first - (i + s.shift) + a.left));
     }
     if (!a.mask.present()) return;
     const Quad& m = a.mask;
     const int64_t at = m.at(b, h, i, first), step = m.strides[3];
-    if (m.dtype == DType::u8) {
-      const auto* from = static_cast<const uint8_t*>(m.data) + at;
-      if (step == 1) {
-        for (int64_t j = 0; j < n; ++j) x[j] = from[j] ? x[j] : kNothing<A>;
-      } else {
-        for (int64_t j = 0; j < n; ++j) x[j] = from[j * step] ? x[j] : kNothing<A>;
-      }
-      return;
+    if (m.dtype != DType::u8) return add(x, n, m, at);
+    const auto* from = static_cast<const uint8_t*>(m.data) + at;
+    if (step == 1) {
+      for (int64_t j = 0; j < n; ++j) x[j] = from[j] ? x[j] : kNothing<A>;
+    } else {
+      for (int64_t j = 0; j < n; ++j) x[j] = from[j * step] ? x[j] : kNothing<A>;
     }
-    dispatch_float("attention", m.dtype, [&](auto zero) {
-      const auto* from = static_cast<const decltype(zero)*>(m.data) + at;
-      if (step == 1) {
-        for (int64_t j = 0; j < n; ++j) x[j] += static_cast<A>(to_float(from[j]));
-      } else {
-        for (int64_t j = 0; j < n; ++j) x[j] += static_cast<A>(to_float(from[j * step]));
+  }
+  // x += n numbers of a tensor from `at` on.
+  static void add(A* x, int64_t n, const Quad& from, int64_t at) {
+    const int64_t step = from.strides[3];
+    dispatch_float("attention", from.dtype, [&](auto zero) {
+      using M = decltype(zero);
+      const auto* more = static_cast<const M*>(from.data) + at;
+      if constexpr (std::is_same_v<A, double> || !std::is_same_v<M, double>) {
+        if (step == 1) return each([](V score, V one) { return score + one; }, n, x, more);
       }
+      for (int64_t j = 0; j < n; ++j) x[j] += static_cast<A>(to_float(more[j * step]));
     });
   }
 
@@ -159,6 +178,22 @@ struct Tile {
     const int64_t at = a.draw(b, h, i, first);
     for (int64_t j = 0; j < n; j += kWidth) store(to + j, keep<V>(a.dropout, at + j));
   }
+};
+
+// What products are taken of, and how: as a pass computes, or of bf16 in pairs.
+template <class T, bool kDot>
+struct Factors {
+  using A = acc_t<T>;
+  using N = std::conditional_t<kDot, bfloat16, A>;
+
+  // Terms of a product over n numbers.
+  static int64_t depth(int64_t n) { return kDot ? even(n) : n; }
+  // What queries are scaled by before products, exactly in bf16, and scores after.
+  static double before(double scale) {
+    int exponent;
+    return kDot && std::frexp(scale, &exponent) != 0.5 ? 1 : scale;
+  }
+  static double after(double scale) { return before(scale) == scale ? 1 : scale; }
 };
 
 inline bool adjusts(const Attention& a) {
@@ -217,11 +252,6 @@ A exponentials(A* x, int64_t n, A shift, A rest = 0) {
     sum += load_some(x + j, n - j);
   }
   return static_cast<A>(add_lanes(sum));
-}
-
-template <class A>
-inline void clear(A* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = 0;
 }
 
 }  // namespace PYDL_ISA

@@ -164,12 +164,13 @@ struct Matrix {
   const A* data;
   int64_t row;
 };
-template <class T, class A>
-inline void convert_row(const T* from, int64_t n, A* to, A scale) {
+template <class T, class N, class A>
+inline void convert_row(const T* from, int64_t n, N* to, A scale) {
   constexpr int64_t kWidth = Register<A>::lanes;
   const int64_t end = padded<A>(n);
   for (int64_t i = 0; i < end; i += kWidth) {
-    store(to + i, plain(load_some(from + i, n - i < kWidth ? n - i : kWidth)) * spread(scale));
+    const auto x = plain(load_some(from + i, n - i < kWidth ? n - i : kWidth)) * spread(scale);
+    store(to + i, typename Lanes<N>::type{x});
   }
 }
 template <class T, class A>

@@ -41,6 +41,16 @@ namespace pydl {
 
 int64_t stream_bytes = int64_t{8} << 20;
 
+// Whether the processor has AVX512-BF16.
+static bool own_dots() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return false;
+#endif
+}
+int dot_mode = own_dots() ? 1 : 0;
+
 static Entry*& first_entry() {
   static Entry* first = nullptr;
   return first;
@@ -516,6 +526,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return seen.size();
       },
       "How many threads share a loop of so many pieces.");
+  m.def("set_dot_mode", [](int mode) {
+    if (mode == 1 && !own_dots()) throw std::runtime_error("pydl: this processor has no VDPBF16PS");
+    std::swap(dot_mode, mode);
+    return mode;
+  });
   m.def("set_stream_bytes", [](int64_t bytes) {
     std::swap(stream_bytes, bytes);
     return bytes;
