@@ -44,33 +44,50 @@ def _forward(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _dinput(backend: str, dy: Tensor, weight: Tensor) -> Tensor:
-    dx = product(backend, _matrix(dy), wide(weight)).to(dy.dtype)
+def _either(backend: str, columns: bool, a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of matrices; its columns lie in memory one after the other where `columns`."""
+    return product(backend, b.t(), a.t()).t() if columns else product(backend, a, b)
+
+
+def _by_columns(x: Tensor) -> bool:
+    return x.dim() == 2 and x.stride() == (1, x.shape[0])
+
+
+def _dinput(backend: str, dy: Tensor, weight: Tensor, columns: bool) -> Tensor:
+    dx = _either(backend, columns, _matrix(dy), wide(weight)).to(dy.dtype)
     return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], weight.shape[1])
 
 
 def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
     x, weight, bias = saved
     dx = dweight = dbias = None
+    # Gradients lie in memory as torch's do: as the input and the weight, roughly.
     if needs[0]:
-        dx = _dinput(backend, dy, weight)
+        dx = _dinput(backend, dy, weight, _by_columns(x))
     rows = dy.reshape(prod(dy.shape[:-1]), dy.shape[-1])
     if needs[1]:
-        dweight = product(backend, wide(rows).t(), _matrix(x)).to(weight.dtype)
+        columns = weight.stride() != (weight.shape[1], 1)
+        dweight = _either(backend, columns, wide(rows).t(), _matrix(x)).to(weight.dtype)
     if bias is not None and needs[2]:
         dbias = rows.sum(0)
     return dx, dweight, dbias
 
 
 def _frozen_backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
-    return _dinput(backend, dy, saved[0]), None
+    return _dinput(backend, dy, saved[0], scalars[1]), None
 
 
 def _frozen_derivative(dy: Tensor, saved: tuple, scalars: tuple) -> tuple:
     return dy @ saved[0], None
 
 
-def _frozen_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _frozen_forward(
+    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool
+) -> Tensor:
+    return _forward(backend, x, weight, bias)
+
+
+def _frozen_reference(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool) -> Tensor:
     return F.linear(x, weight, wide(bias))
 
 
@@ -79,7 +96,7 @@ _linear = autograd.make(_RULE)
 # Where parameters do not learn, nothing of the input is kept.
 _frozen = autograd.make(
     Rule(
-        "linear_frozen", 2, _forward, _frozen_backward, _frozen_reference,
+        "linear_frozen", 2, _frozen_forward, _frozen_backward, _frozen_reference,
         saves=lambda tensors, outputs: tensors[1:], derivative=_frozen_derivative,
     )
 )  # fmt: skip
@@ -89,8 +106,9 @@ def projected(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None = Non
     """`linear` of tensors of one dtype within another op, by the backend that was chosen for it."""
     if backend in ("torch", "reference") or x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    return (_linear if learns else _frozen)(backend, x, weight, bias)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return _linear(backend, x, weight, bias)
+    return _frozen(backend, x, weight, bias, _by_columns(x))
 
 
 def measured_as(op: str, x: Tensor) -> str:
