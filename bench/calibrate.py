@@ -48,11 +48,6 @@ def _same(case: Case) -> Case:
     return case
 
 
-def _from_all(case: Case) -> Case:
-    """The attention of the benchmark, not causal."""
-    return Case(case.label, case.args[:3], {})
-
-
 class Key(NamedTuple):
     """What `choose` is asked about, and the calls that decide it."""
 
@@ -65,8 +60,8 @@ class Key(NamedTuple):
 def entries() -> Iterator[Key]:
     """The ops, what they have measured apart, and two that one function serves by other kernels."""
     for op in TABLE.values():
-        both_ways = op.name in ("scaled_dot_product_attention", "linear_attention")
-        yield Key(op.name, op, (_same, _from_all) if both_ways else (_same,), op.sized)
+        full = [op.variants["full"]] if "full" in op.variants else []
+        yield Key(op.name, op, (_same, *full), op.sized)
         for name, sized in op.apart.items():
             yield Key(name, op, (_same,), sized)
     gelu, swish = TABLE["gelu"], TABLE["swish"]

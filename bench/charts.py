@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from bench import machine
 from bench.modes import WORDS
-from bench.options import Settings, label
+from bench.options import Settings, named
 from bench.rows import Row
 from pydl.table import TABLE
 
@@ -41,7 +41,9 @@ def _charted(settings: Settings, row: Row) -> bool:
     """Whether a row's shape is drawn: one that was asked for, or the first of its op."""
     if "skipped" in row:
         return False
-    return settings.shapes is not None or row["shape"] == label(TABLE[row["op"]].bench_shapes[0])
+    return settings.shapes is not None or row["shape"] == named(
+        TABLE[row["op"]].bench_shapes[0], settings.variant
+    )
 
 
 def _title(what: str, row: Row, record: dict[str, Any]) -> str:

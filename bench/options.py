@@ -40,6 +40,7 @@ class Settings:
     modes: tuple[str, ...] = ("as-it-comes",)
     out: str = str(LOCAL)
     quick: bool = False
+    variant: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -66,6 +67,11 @@ class Settings:
 
 def label(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
+
+
+def named(shape: tuple[int, ...], variant: str | None) -> str:
+    """A row's shape, and what variant of the op's call it is."""
+    return label(shape) if variant is None else f"{label(shape)}-{variant}"
 
 
 def _names(option: str, text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
@@ -137,6 +143,14 @@ def _modes(text: str | None, device: str) -> tuple[str, ...]:
     return MODES if text is None else _names("--modes", text, MODES, "mode of the allocator")
 
 
+def _variant(name: str | None, ops: Sequence[str]) -> str | None:
+    for op in ops if name is not None else ():
+        if name not in TABLE[op].variants:
+            known = ", ".join(TABLE[op].variants) or "none"
+            raise UsageError(f"--variant: {op} has no {name!r}, it has {known}")
+    return name
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -154,6 +168,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--shapes", help="comma list such as 4096x4096,1024 (default: the table's, by op)"
     )
+    p.add_argument("--variant", help="another call than the table's: of attention \"full\", not "
+                                     "causal, or \"mask\", with numbers added")  # fmt: skip
     p.add_argument("--peers", help=f"comma list of {', '.join(PEERS)} (default: torch, compile "
                                    "and what is "
                    "installed and fits)")  # fmt: skip
@@ -196,4 +212,5 @@ def settings(args: argparse.Namespace) -> Settings:
         modes=_modes(args.modes, args.device),
         out=str(args.out),
         quick=args.quick,
+        variant=_variant(args.variant, ops),
     )

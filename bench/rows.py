@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench import measure, parity
 from bench.measure import Budget, Timing
-from bench.options import PASSES, Settings, label
+from bench.options import PASSES, Settings, label, named
 from bench.parity import Build, Gate
 from bench.peers import PEERS
 from pydl.table import TABLE, Case, Make, Op
@@ -38,16 +38,19 @@ def ours(op: Op, backend: str) -> Build:
     return lambda case: partial(op.function, *case.args, **case.kwargs, **options)
 
 
-def draw(op: Op, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
-    """The benchmark's call of an op.
+def draw(
+    op: Op, shape: tuple[int, ...], dtype: torch.dtype, device: str, variant: str | None = None
+) -> Case:
+    """The benchmark's call of an op, or a variant of it.
 
     Raises:
         UnfitShape: the op has no call of this shape.
     """
     try:
-        return op.bench(Make(dtype, device, op.name), shape)
+        case = op.bench(Make(dtype, device, op.name), shape)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UnfitShape(f"{op.name} takes no shape {label(shape)}: {error}") from error
+    return case if variant is None else op.variants[variant](case)
 
 
 def call(build: Build, case: Case, dys: Sequence[Tensor], direction: str) -> Callable[[], Any]:
@@ -106,7 +109,9 @@ def gather(op: Op, shape: tuple[int, ...], case: Case, settings: Settings) -> Fi
     """Builds all contenders of a call and sends them through the gate."""
     small = judged_shape(shape)
     dtype = case.tensors()[0].dtype
-    gate = Gate(op, case if small == shape else draw(op, small, dtype, settings.device))
+    gate = Gate(
+        op, case if small == shape else draw(op, small, dtype, settings.device, settings.variant)
+    )
     builders: dict[str, Build] = {}
     verdicts, absent = {}, {}
     for name in settings.backends:
@@ -132,7 +137,7 @@ def gather(op: Op, shape: tuple[int, ...], case: Case, settings: Settings) -> Fi
             absent[name] = reason
     with torch.no_grad():
         dys = parity.upstream(parity.several(op.native(*case.args, **case.kwargs)))
-    return Field(op, label(shape), case, dys, builders, verdicts, chose, absent)
+    return Field(op, named(shape, settings.variant), case, dys, builders, verdicts, chose, absent)
 
 
 def _calls(field: Field, direction: str) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
@@ -236,7 +241,7 @@ def measured(settings: Settings, mode: str) -> Iterator[Row]:
     for name, shape, dtype in jobs(settings):
         op = TABLE[name]
         try:
-            case = draw(op, shape, getattr(torch, dtype), settings.device)
+            case = draw(op, shape, getattr(torch, dtype), settings.device, settings.variant)
         except UnfitShape as error:
             if settings.shapes is None:
                 raise

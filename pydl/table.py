@@ -111,6 +111,8 @@ class Op:
         sized: Shapes for `bench` of about so many elements, unlike each other: a kernel is chosen
             from a size on where it wins on all of them.
         apart: The same for calls that are measured by themselves, by the key of their measurement.
+        variants: Other calls to measure, made from that of `bench`, by name. A kernel is chosen
+            where it wins on "full" as well.
     """
 
     name: str
@@ -131,6 +133,7 @@ class Op:
     )
     sized: Sized = _rows_of_1024
     apart: Mapping[str, Sized] = field(default_factory=dict, hash=False)
+    variants: Mapping[str, Callable[[Case], Case]] = field(default_factory=dict, hash=False)
 
     @property
     def schema(self) -> str:

@@ -124,6 +124,18 @@ def _bench(make: Make, shape: tuple[int, ...]) -> Case:
     return Case("x".join(map(str, shape)), (*_qkv(make, *shape), None, 0.0, True))
 
 
+def _full(case: Case) -> Case:
+    return Case(case.label, case.args[:3])
+
+
+def _masked(case: Case) -> Case:
+    """With numbers added to the scores, alike for batch and heads."""
+    q, k = case.args[:2]
+    draw = torch.Generator().manual_seed(0)
+    mask = torch.randn(q.shape[-2], k.shape[-2], generator=draw).to(q.dtype).to(q.device)
+    return Case(case.label, (*case.args[:3], mask))
+
+
 def _bench_local(make: Make, shape: tuple[int, ...]) -> Case:
     shape = (1, *shape) if len(shape) == 2 else _four(shape)
     return Case("x".join(map(str, shape)), (*_qkv(make, *shape), (128, 128)))
@@ -162,6 +174,7 @@ register(
         cost=_cost,
         autocast="lower",
         sized=head_shapes,
+        variants={"full": _full, "mask": _masked},
     )
 )
 register(

@@ -100,5 +100,6 @@ register(
         cost=_cost,
         autocast="lower",
         sized=head_shapes,
+        variants={"full": lambda case: Case(case.label, case.args, {})},
     )
 )
