@@ -200,15 +200,9 @@ inline bool adjusts(const Attention& a) {
   return a.softcap > 0 || a.mask.present() || a.relative.present();
 }
 
-// The largest lane; a NaN does not count.
+// The largest lane, of numbers.
 PYDL_HD float largest_lane(vfloat x) {
-  float lanes[kLanes], found;
-  store(lanes, x);
-  // Four at a time: comparisons that follow each other take long.
-  for (int i = 4; i < kLanes; ++i) lanes[i % 4] = lanes[i] > lanes[i % 4] ? lanes[i] : lanes[i % 4];
-  found = lanes[0];
-  for (int i = 1; i < 4; ++i) found = lanes[i] > found ? lanes[i] : found;
-  return found;
+  return meet_lanes<kLanes / 2>([](vfloat a, vfloat b) { return select(a > b, a, b); }, x)[0];
 }
 PYDL_HD double largest_lane(double x) { return x; }
 

@@ -1,32 +1,10 @@
 // CPU: transposes a small matrix in registers, so that products read both factors by rows.
 #pragma once
 
-#include <utility>
-
 #include "gemm.h"
 
 namespace pydl {
 inline namespace PYDL_ISA {
-
-// Places of a register's lanes, known while compiling.
-template <class Place, int... I>
-PYDL_HD vint places(const Place& place, std::integer_sequence<int, I...>) {
-  return vint{place(I)...};
-}
-using EachLane = std::make_integer_sequence<int, kLanes>;
-
-// The sum of the lanes, by halves.
-template <int kHalf>
-PYDL_HD vfloat fold_to(vfloat x) {
-  if constexpr (kHalf == 0) {
-    return x;
-  } else {
-    const vint from = places([](int l) { return (l + kHalf) % kLanes; }, EachLane{});
-    return fold_to<kHalf / 2>(x + __builtin_shuffle(x, from));
-  }
-}
-PYDL_HD float fold(vfloat x) { return fold_to<kLanes / 2>(x)[0]; }
-PYDL_HD double fold(double x) { return x; }
 
 // One step of transposing a square of registers: of each two rows kHalf apart, the upper half of
 // every 2 kHalf lanes of the first changes places with the lower half of the second.

@@ -2,6 +2,8 @@
 // vector type, so that a formula of math.h reads the same for a vector as for a float.
 #pragma once
 
+#include <utility>
+
 #include "types.h"
 
 #if defined(__x86_64__)
@@ -280,13 +282,28 @@ PYDL_HD void store_some(T* p, typename Lanes<T>::type x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = part[i];
 }
 
-// Adds the lanes in a fixed tree.
-PYDL_HD double add_lanes(vfloat x) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  }
-  return x[0];
+// Places of a register's lanes, known while compiling.
+template <class Place, int... I>
+PYDL_HD vint places(const Place& place, std::integer_sequence<int, I...>) {
+  return vint{place(I)...};
 }
+using EachLane = std::make_integer_sequence<int, kLanes>;
+
+// Lane l with lane l + kHalf, and so on by halves, in the first lane: a fixed tree.
+template <int kHalf, class Meet>
+PYDL_HD vfloat meet_lanes(const Meet& meet, vfloat x) {
+  if constexpr (kHalf == 0) {
+    return x;
+  } else {
+    const vint from = places([](int l) { return (l + kHalf) % kLanes; }, EachLane{});
+    return meet_lanes<kHalf / 2>(meet, meet(x, (vfloat)__builtin_shuffle(x, from)));
+  }
+}
+PYDL_HD float sum_lanes(vfloat x) {
+  return meet_lanes<kLanes / 2>([](vfloat a, vfloat b) { return a + b; }, x)[0];
+}
+PYDL_HD double sum_lanes(double x) { return x; }
+PYDL_HD double add_lanes(vfloat x) { return sum_lanes(x); }
 PYDL_HD double add_lanes(vlow x) { return add_lanes(x.v); }
 PYDL_HD double add_lanes(double x) { return x; }
 PYDL_HD double lane(vfloat x, int64_t i) { return x[i]; }
