@@ -11,6 +11,8 @@
 // is rho_i = -r_i dout_i out_i where normalised, else 0.
 #pragma once
 
+#include <limits>
+
 #include "attention.h"
 
 namespace pydl {
@@ -18,6 +20,22 @@ inline namespace PYDL_ISA {
 
 // Numbers as in pydl/ops/linear_attention.py.
 enum class Feature : int64_t { identity, elu, relu, softmax };
+
+// How a row of sums is divided: multiplied by `lift`, then by `by`. `factor`, what backward takes,
+// is both together.
+template <class A>
+struct Quotient {
+  A lift, by, factor;
+};
+template <class A>
+PYDL_HD Quotient<A> quotient(A scale, A below) {
+  constexpr A kMost = std::numeric_limits<A>::max(), kLift = A(0x1p64);
+  if (below == 0) return {1, 0, 0};
+  const A by = scale / below;
+  if (!(by > kMost || by < -kMost)) return {1, by, by};
+  // The inverse of a subnormal number overflows where the quotient need not.
+  return {kLift, scale / (below * kLift), by > 0 ? kMost : -kMost};
+}
 
 struct LinearAttention {
   int64_t batch, heads, kv_heads, queries, keys, width, value_width;

@@ -168,14 +168,12 @@ struct LinearForward : LinearChunks<T> {
     const int64_t b = Base::batch(unit), h = Base::head(unit, g);
     const A scale = static_cast<A>(a.scale), eps = static_cast<A>(a.eps);
     for (int64_t i = 0; i < n; ++i) {
-      A by = scale;
-      if (a.normalize) {
-        const A below = scale * r.sums.data()[i] + eps;
-        by = below == 0 ? A(0) : scale / below;
-      }
-      static_cast<A*>(factor.data)[factor.at(b, h, first + i, 0)] = by;
+      Quotient<A> q{1, scale, scale};
+      if (a.normalize) q = quotient(scale, scale * r.sums.data()[i] + eps);
+      static_cast<A*>(factor.data)[factor.at(b, h, first + i, 0)] = q.factor;
+      if (q.lift != 1) scale_row(r.out.data() + i * value_wide, q.lift, value_wide);
       T* const to = static_cast<T*>(out.data) + out.at(b, h, first + i, 0);
-      convert_back(r.out.data() + i * value_wide, a.value_width, to, by);
+      convert_back(r.out.data() + i * value_wide, a.value_width, to, q.by);
     }
   }
 };

@@ -389,18 +389,15 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
         const int64_t at = first + i;
         if (i >= n) continue;
         if (m.factor.present()) {
-          A by = m.scale;
-          if (m.normalize) {
-            const A below = m.scale * sum + m.eps;
-            by = below == 0 ? A(0) : m.scale / below;
-          }
+          Quotient<A> q{1, m.scale, m.scale};
+          if (m.normalize) q = quotient<A>(m.scale, m.scale * sum + m.eps);
           if (tile == 0 && l.t == 0) {
-            static_cast<A*>(m.factor.data)[m.factor.at(b, h, at, 0)] = by;
+            static_cast<A*>(m.factor.data)[m.factor.at(b, h, at, 0)] = q.factor;
           }
 #pragma unroll
           for (int j = 0; j < kTiles; ++j) {
-            y[j][2 * side] *= by;
-            y[j][2 * side + 1] *= by;
+            y[j][2 * side] = y[j][2 * side] * q.lift * q.by;
+            y[j][2 * side + 1] = y[j][2 * side + 1] * q.lift * q.by;
           }
         }
         const bool hidden = m.a.keys && m.hides(b, at);
@@ -418,7 +415,7 @@ __global__ void __launch_bounds__(MixShape<T, kDepth>::kThreadsOfBlock, 1)
             A one = hidden ? A(0) : y[j][2 * side + k];
             if (c + k >= columns) one = 0;
             A slope = 1;
-            if (m.like.present() && c + k < columns) {
+            if (m.like.present() && c + k < columns && !hidden) {
               const A value = static_cast<A>(to_float(
                   static_cast<const T*>(m.like.data)[m.like.at(b, head, at, column0 + c + k)]));
               const Featured<A> f = featured<T>(m.feature, value);

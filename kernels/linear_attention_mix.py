@@ -207,8 +207,11 @@ def mix_kernel(
             by = ones * scale
             if FORM.NORMALIZE:
                 below = total * scale + eps
-                by = tl.where(below == 0, 0.0, scale / tl.where(below == 0, 1.0, below))
-                sums = tl.where((below == 0)[:, None], 0.0, sums * by[:, None])
+                # The inverse of a subnormal number overflows where the quotient need not.
+                lift = tl.where(tl.abs(below) < 1e-30, 18446744073709551616.0, 1.0)
+                by = tl.where(below == 0, 0.0, scale / tl.where(below == 0, 1.0, below * lift))
+                sums = tl.where((below == 0)[:, None], 0.0, sums * lift[:, None] * by[:, None])
+                by = tl.minimum(tl.maximum(by * lift, -3.4028234e38), 3.4028234e38)
             else:
                 sums *= scale
             if column == 0:

@@ -121,11 +121,26 @@ def derivative(rule: Rule, dy: Any, saved: Sequence[Any], scalars: tuple) -> Gra
 
 
 def special() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is going on.
+    """Whether a functorch transform, forward-mode differentiation or torch.jit.trace is going on.
 
-    Then the definition computes: every transform sees through it, and not through a kernel.
+    Then the definition computes: all of them see through it, and not through a kernel.
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():
+        return torch._C._are_functorch_transforms_active()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _many(dy: Tensor | None) -> bool:
+    """Whether it is many upstream gradients at once: `is_grads_batched`, or torch.func.vmap."""
+    if dy is None:
+        return False
+    if torch._C._functorch.is_legacy_batchedtensor(dy):  # type: ignore[attr-defined]
+        return True
+    return torch._C._are_functorch_transforms_active()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -209,7 +224,18 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
             return (None, None, None, *grads, *(None for _ in ctx.scalars))
 
     def backward(backend: str, dys: tuple, saved: tuple, scalars: tuple, needs: tuple) -> Gradients:
-        """The gradients by kernels; differentiable where they are to be differentiated again."""
+        """The gradients by kernels; differentiable where they are to be differentiated again, and
+        by the definition where many are taken at once."""
+        if not torch.compiler.is_compiling() and any(map(_many, dys)):
+            given = dys[0] if outputs == 1 else dys
+            with torch.enable_grad():
+                found = derivative(rule, given, saved, scalars)
+            # What is saved in place of the tensors is of the outputs' dtype, as they are.
+            likes = saved[:n] if rule.derivative is None else [dys[0]] * n
+            return tuple(
+                None if g is None or like is None else g.to(like.dtype)
+                for g, like in zip(found, likes, strict=True)
+            )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return Backward.apply(backend, needs, len(saved), *dys, *saved, *scalars)
         return kernels(backend, dys, saved, scalars, needs)
@@ -254,7 +280,7 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
 
     def call(backend: str, *args: Any) -> Any:
         traced = torch.compiler.is_compiling()
-        if not traced and special():
+        if special():
             out = in_reference(rule, *args)
             if not whole:
                 return out

@@ -101,7 +101,7 @@ def _obstacle(found: Found, base: type, backend: str | None) -> str | None:
         differs = f", with backend {now!r}: set its attribute `backend`, or undo first"
         return "is pydl's already" + (differs if backend is not None and backend != now else "")
     if isinstance(module, torch.jit.ScriptModule):
-        return "is TorchScript; replace before torch.jit.script"
+        return "is TorchScript, which is compiled already"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return f"is a parametrized {class_name(base)}, which changes its class"
     if cls is not base:
@@ -250,7 +250,7 @@ def replace(
         reason = known.reason + (f"; shared with {others}" if others else "")
         report.replaced.append(Replaced(path, class_name(cls), known.name, reason))
         twin, places = _twin(found.module, known.twin), [(q.parent, q.name) for q in found.places]
-        swaps.append(Swap(found.module, twin, places))
+        swaps.append(Swap(found.module, twin, places, known.twin))
         if known.form is not None:
             forms[id(found.module)] = known.form
     report.notes += included.notes() + excluded.notes()

@@ -50,12 +50,13 @@ class Fusion(NamedTuple):
 
 
 class Swap(NamedTuple):
-    """A module, its twin, and the (parent, name) where it stands; the model itself has no
-    parent."""
+    """A module, its twin, the (parent, name) where it stands (the model itself has no parent), and
+    the twin's class."""
 
     old: nn.Module
     new: nn.Module
     places: list[tuple[nn.Module | None, str]]
+    cls: type
 
 
 def _put(parent: nn.Module, name: str, module: nn.Module) -> None:
@@ -132,7 +133,13 @@ class Report:
 
         A place that holds something else by now is left alone. A second call does nothing.
         """
-        originals = {id(swap.new): swap.old for swap in self._swaps}
+        fused = {(id(module), new) for module, _, new in self._classes}
+        # One whose class another tool has changed since, as torch's parametrisations do, is of use
+        # as it is alone.
+        originals = {
+            id(swap.new): swap.old for swap in self._swaps
+            if type(swap.new) is swap.cls or (id(swap.new), type(swap.new)) in fused
+        }  # fmt: skip
         parents = [
             parent for swap in self._swaps for parent, _ in swap.places if parent is not None
         ]
@@ -142,7 +149,8 @@ class Report:
                     _put(parent, name, originals[id(child)])
         self.model = originals.get(id(self.model), self.model)
         for swap in self._swaps:
-            vars(swap.old).pop("backend", None)
+            if id(swap.new) in originals:
+                vars(swap.old).pop("backend", None)
         for module, old, new in self._classes:
             if type(module) is new:
                 object.__setattr__(module, "__class__", old)

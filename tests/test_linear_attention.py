@@ -218,6 +218,36 @@ def test_each_gradient_alone() -> None:
         assert harness.same_bits(got, wanted), i
 
 
+WAYS = ["torch", "reference", "cpu", "cuda", "triton"]
+
+
+def _or_skip(by: str) -> None:
+    if by in harness.BACKENDS and (why := harness.missing(by)):
+        pytest.skip(why)
+
+
+@pytest.mark.parametrize("feature", ["elu", "relu", "softmax"])
+def test_many_steps(feature: str) -> None:
+    """One token after the other, as exact as native PyTorch's steps: by the judge."""
+    draw = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 1, 600, 8, generator=draw) for _ in range(3))
+    found = {}
+    for by in ("cpu", "torch"):
+        tokens, now = [], None
+        for i in range(q.shape[2]):
+            given = (t[:, :, i] for t in (q, k, v))
+            token, now = linear_attention_step(*given, now, feature_map=feature, backend=by)
+            tokens.append(token)
+        found[by] = [torch.stack(tokens, 2), *now]
+    out, state = linear_attention(
+        *(t.double() for t in (q, k, v)), causal=True, feature_map=feature, return_state=True,
+        backend="reference",
+    )  # fmt: skip
+    for one, want, same in zip(found["cpu"], (out, *state), found["torch"], strict=True):
+        right, error, allowed = judge(one, want, same)
+        assert right, (error, allowed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_in_parts_and_in_steps(dtype: torch.dtype, decay: float | None, kernels: str) -> None:
@@ -246,38 +276,64 @@ def test_in_parts_and_in_steps(dtype: torch.dtype, decay: float | None, kernels:
             torch.testing.assert_close(a, b, rtol=min(close, 1e-5), atol=min(close, 1e-4))
 
 
-@pytest.mark.parametrize("by", ["torch", "cpu"])
+@pytest.mark.parametrize("by", ["torch", "cpu", "cuda", "triton"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_long_in_half_precision(causal: bool, by: str) -> None:
     """Sums far beyond what fp16 holds do not overflow."""
-    q, k = (torch.full((1, 1, 30_000, 8), 20.0).half().requires_grad_() for _ in range(2))
-    v = torch.ones(1, 1, 30_000, 8).half().requires_grad_()
+    _or_skip(by)
+    where = harness.device(by) if by in harness.BACKENDS else "cpu"
+    # Fewer, but of larger features, where a kernel is interpreted.
+    few = by != "cpu" and where == "cpu"
+    n, size = (300, 200.0) if few else (30_000, 20.0)
+    q, k = (torch.full((1, 1, n, 8), size, device=where).half().requires_grad_() for _ in range(2))
+    v = torch.ones(1, 1, n, 8, device=where).half().requires_grad_()
     out = linear_attention(q, k, v, causal=causal, backend=by)
     torch.testing.assert_close(out, torch.ones_like(out))
     for grad in torch.autograd.grad(out.float().sum(), (q, k, v)):
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("by", ["torch", "reference", "cpu"])
+@pytest.mark.parametrize("by", WAYS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_nothing_to_divide_by(causal: bool, by: str) -> None:
     """A divisor of 0 gives 0, and gradients of 0."""
-    given = [-torch.rand(1, 2, 70, 4).sub(2).abs().requires_grad_() for _ in range(3)]
-    given = [t.detach().requires_grad_() for t in given]
+    _or_skip(by)
+    where = harness.device(by) if by in harness.BACKENDS else "cpu"
+    given = [-torch.rand(1, 2, 70, 4, device=where).sub(2).abs() for _ in range(3)]
+    given = [t.requires_grad_() for t in given]
     out = linear_attention(*given, causal=causal, feature_map="relu", eps=0, backend=by)
     assert not out.any()
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), given))
 
 
-@pytest.mark.parametrize("by", ["torch", "reference", "cpu"])
+@pytest.mark.parametrize("by", WAYS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_what_is_ignored_may_be_anything(causal: bool, by: str) -> None:
+def test_hardly_anything_to_divide_by(causal: bool, by: str) -> None:
+    """A divisor whose inverse overflows."""
+    _or_skip(by)
+    where = harness.device(by) if by in harness.BACKENDS else "cpu"
+    q, k = torch.full((1, 1, 6, 4), -95.0, device=where), torch.zeros(1, 1, 6, 4, device=where)
+    v = torch.arange(24.0, device=where).view(1, 1, 6, 4) / 24
+    wanted = linear_attention(
+        q.double(), k.double(), v.double(), causal=causal, eps=0, backend="reference"
+    )
+    out = linear_attention(q, k, v, causal=causal, eps=0, backend=by)
+    torch.testing.assert_close(out, wanted.float(), rtol=1e-3, atol=1e-4)  # of subnormal numbers
+
+
+@pytest.mark.parametrize("feature", ["elu", "softmax", "relu", "identity", "a function"])
+@pytest.mark.parametrize("by", WAYS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_ignored_may_be_anything(causal: bool, by: str, feature: str) -> None:
     """NaN in keys and values that are ignored reaches nothing, and they get no gradient."""
-    q, k, v = (torch.randn(2, 2, 80, 8) for _ in range(3))
-    hidden = torch.zeros(2, 80, dtype=torch.bool)
+    _or_skip(by)
+    where = harness.device(by) if by in harness.BACKENDS else "cpu"
+    q, k, v = (torch.randn(2, 2, 80, 8, device=where) for _ in range(3))
+    hidden = torch.zeros(2, 80, dtype=torch.bool, device=where)
     hidden[0, 50:] = hidden[1, 3:70] = True
     bad = hidden[:, None, :, None].expand_as(k)
     named: dict[str, Any] = {"causal": causal, "key_padding_mask": hidden, "backend": by}
+    named["feature_map"] = torch.exp if feature == "a function" else feature
     results = []
     for fill in (0.0, float("nan")):
         given = [q, k.masked_fill(bad, fill), v.masked_fill(bad, fill)]
@@ -285,10 +341,8 @@ def test_what_is_ignored_may_be_anything(causal: bool, by: str) -> None:
         out = linear_attention(*given, **named)
         results.append([out, *torch.autograd.grad(out.sum(), given)])
     for a, b in zip(*results, strict=True):
-        assert a.isfinite().all()
-        if by == "cpu":
-            assert b.isfinite().all()
-            torch.testing.assert_close(a, b)
+        assert a.isfinite().all() and b.isfinite().all()
+        torch.testing.assert_close(a, b)
     assert not results[0][2][bad].any() and not results[0][3][bad].any()
     torch.testing.assert_close(results[0][0], results[1][0])
 
@@ -364,6 +418,83 @@ def test_errors() -> None:
             linear_attention(x, x, x, causal=True, decay=decay, backend="cpu")
     with pytest.raises(RuntimeError, match=r"linear_attention_step.*three dimensions"):
         linear_attention_step(x, x, x, state)
+    with pytest.raises(RuntimeError, match=r"linear_attention_step: state\[1\] has shape"):
+        linear_attention_step(x[:, :, 0], x[:, :, 0], x[:, :, 0], (state[0], state[1][..., 1:]))
+
+
+@pytest.mark.parametrize("by", [None, "cpu"])
+def test_other_kinds_of_arguments(by: str | None) -> None:
+    """They are named too, whoever computes."""
+    x = torch.randn(1, 4, 6, 8)
+    wrong: list[tuple[tuple, dict, str]] = [
+        (([1.0], x, x), {}, "query is a list, wants a Tensor"),
+        ((x, None, x), {}, "key is a NoneType, wants a Tensor"),
+        ((x.long(), x.long(), x.long()), {}, "query is torch.int64 on cpu, wants one floating"),
+        ((x, x.half(), x), {}, "key is torch.float16 on cpu, wants one floating"),
+        ((x, x, x.to("meta")), {}, "value is torch.float32 on meta, wants one floating"),
+        ((x, x, x), {"initial_state": x}, r"initial_state is a Tensor, wants a pair \(S, z\)"),
+        ((x, x, x), {"initial_state": (x, None)}, "initial_state"),
+        ((x, x, x), {"key_padding_mask": [True]}, "key_padding_mask is a list, wants a Tensor"),
+        ((x, x, x), {"eps": None}, "eps is a NoneType, wants a number"),
+        ((x, x, x), {"scale": torch.tensor(2.0)}, "scale is a Tensor, wants a number"),
+        ((x, x, x), {"feature_map": lambda y: None}, "feature_map made a NoneType of query"),
+        ((x, x, x), {"feature_map": x}, "feature_map is a Tensor, wants one of identity"),
+        ((x, x, x), {"causal": True, "decay": "0.9"}, "decay is a str, wants a number"),
+        ((x, x, x), {"causal": True, "decay": [0.9] * 3}, "decay has 3 numbers, wants one or 4"),
+    ]
+    for args, named, message in wrong:
+        refused = (RuntimeError, TypeError, ValueError)
+        with pytest.raises(refused, match=f"linear_attention: {message}"):
+            linear_attention(*args, **named, backend=by)
+    for way in (lambda: torch.compile(linear_attention, backend="eager"), lambda: linear_attention):
+        with pytest.raises(Exception, match="wants more than 0, to 1"):
+            way()(x, x, x, causal=True, decay=1.5, backend=by)
+
+
+def test_decays_of_one_number() -> None:
+    """A number, a list, and a tensor of one or of every head's are one; its gradient is summed."""
+    q, k, v = (torch.randn(1, 4, 20, 8) for _ in range(3))
+    wanted = linear_attention(q, k, v, causal=True, decay=0.9, backend="cpu")
+    every = torch.full((4,), 0.9, requires_grad=True)
+    single = [torch.tensor(0.9, requires_grad=True), torch.tensor([0.9], requires_grad=True)]
+    grads = []
+    for decay in ([0.9], (0.9,) * 4, every, *single):
+        out = linear_attention(q, k, v, causal=True, decay=decay, backend="cpu")
+        assert torch.equal(out, wanted)
+        if isinstance(decay, Tensor):
+            grads.append(torch.autograd.grad(out.square().sum(), decay)[0].sum())
+    torch.testing.assert_close(grads[1:], [grads[0]] * 2)
+
+
+@pytest.mark.parametrize("by", ["torch", "reference", "cpu"])
+def test_features_of_another_dtype(by: str) -> None:
+    """A function may go to fp32, where fp16 would overflow; the output comes back."""
+    given = [torch.randn(1, 2, 30, 8).half().requires_grad_() for _ in range(3)]
+    out, (state, total) = linear_attention(
+        *given, feature_map=lambda x: (6 * x.float()).exp(), causal=True, return_state=True,
+        backend=by,
+    )  # fmt: skip
+    assert out.dtype == torch.float16 and state.dtype == total.dtype == torch.float32
+    assert out.isfinite().all() and total.isfinite().all() and total.max() > 70000
+    for grad in torch.autograd.grad(out.float().sum(), given):
+        assert grad.dtype == torch.float16 and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+def test_states_of_softmax(kernels: str) -> None:
+    """In fp32, as those of other features: to its last places."""
+    _or_skip(kernels)
+    where = harness.device(kernels)
+    draw = torch.Generator().manual_seed(0)
+    n = 100 if harness.kind(kernels) != kernels else 500
+    given = [torch.randn(1, 2, n, 16, generator=draw).half().to(where) for _ in range(3)]
+    named: dict[str, Any] = {"feature_map": "softmax", "causal": True, "return_state": True}
+    _, wanted = linear_attention(*(t.double() for t in given), **named, backend="reference")
+    _, same = linear_attention(*given, **named, backend="torch")
+    _, found = linear_attention(*given, **named, backend=kernels)
+    for one, want, other in zip(found, wanted, same, strict=True):
+        right, error, allowed = judge(one, want, other)
+        assert right, (error, allowed)
 
 
 def _modules() -> list[P.LinearAttention]:
@@ -437,3 +568,37 @@ def test_module_errors() -> None:
         P.LinearAttention(12, causal=True)(x, x)
     with pytest.raises(RuntimeError, match="step wants the causal form"):
         P.LinearAttention(12).step(x[:, 0])
+
+
+def test_a_module_keeps_its_decay() -> None:
+    """Whatever it is cast to: bf16 would round 0.999 to 1."""
+    module = P.LinearAttention(8, 2, causal=True, decay=0.999)
+    assert module.bfloat16().half().double().decay == (0.999, 0.999)
+    assert not any("decay" in name for name in module.state_dict())
+    x = torch.randn(1, 50, 8).double()
+    q, k, v = module._split(module.to_qkv(x), 3)
+    out = linear_attention(q, k, v, causal=True, decay=0.999, backend="cpu")
+    torch.testing.assert_close(module(x), module.to_out(out.transpose(1, 2).flatten(2)))
+
+
+def test_a_module_goes_on_from_a_state() -> None:
+    """A prompt at once, then token by token."""
+    module = P.LinearAttention(8, 2, causal=True, decay=0.9).double()
+    x = torch.randn(2, 12, 8).double()
+    wanted = module(x)
+    first, state = module(x[:, :7], return_state=True)
+    second, state = module(x[:, 7:10], state=state, return_state=True)
+    tokens = []
+    for i in (10, 11):
+        token, state = module.step(x[:, i], state)
+        tokens.append(token[:, None])
+    torch.testing.assert_close(torch.cat([first, second, *tokens], 1), wanted)
+    plain = P.LinearAttention(8, 2)
+    for wrong, message in (
+        (lambda: plain(x.float(), return_state=True), "a state wants the causal form"),
+        (lambda: module(x[..., :5]), r"x is \(2, 12, 5\), wants \(B, L, 8\)"),
+        (lambda: module.step(x), r"x is \(2, 12, 8\), wants \(B, 8\)"),
+        (lambda: plain(x.float(), x[0].float()), r"context is \(12, 8\), wants \(B, L, 8\)"),
+    ):
+        with pytest.raises(RuntimeError, match=f"LinearAttention: {message}"):
+            wrong()

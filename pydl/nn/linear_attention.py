@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from pydl import functional as F
+from pydl.autograd import wide_dtype
 from pydl.nn.activation import HasBackend
 from pydl.nn.linear import Linear
 from pydl.ops.linear import FeatureMap, State, feature_number
@@ -16,9 +19,10 @@ class LinearAttention(HasBackend, nn.Module):
     """Projections to queries, keys and values, `linear_attention` of each head, and a projection
     back.
 
-    Called with a sequence it attends to itself; with a second, `module(x, context)`, to that, which
-    the causal form cannot. `step` takes one token of the causal form and the state that the tokens
-    before it left.
+    Called with a sequence it attends to itself; with a second, `module(x, context)`, to that
+    (cross-attention), which the causal form cannot. The causal form takes the state that tokens
+    before left, `module(x, state=state)`, and with `return_state=True` also returns the one after
+    its own; `step` takes one token.
 
     Args:
         dim: Features of the input and of the output.
@@ -69,10 +73,13 @@ class LinearAttention(HasBackend, nn.Module):
     ) -> None:
         super().__init__()
         feature_number("LinearAttention", feature_map)
-        if dim < 1 or heads < 1 or (dim_head is None and dim % heads) or (dim_head or 1) < 1:
+        sizes = (dim, heads, 1 if dim_head is None else dim_head)
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or (
+            dim_head is None and dim % heads
+        ):
             raise ValueError(
                 f"pydl: LinearAttention: dim is {dim}, heads {heads} and dim_head {dim_head}, "
-                "wants positive numbers, and heads that divide dim where dim_head is None"
+                "wants whole numbers above 0, and heads that divide dim where dim_head is None"
             )
         if causal and context_dim is not None:
             raise ValueError("pydl: LinearAttention: context_dim was given, but causal has none")
@@ -99,13 +106,18 @@ class LinearAttention(HasBackend, nn.Module):
     ) -> None:
         self.learn_decay = learn
         self.decay_logit: nn.Parameter | None = None
-        self.decay_value: Tensor | None
-        self.register_buffer("decay_value", None)
+        # No buffer: a module's dtype would round 0.999 to 1.
+        self.decay: tuple[float, ...] | None = None
         if decay is None:
             if learn:
                 raise ValueError("pydl: LinearAttention: learn_decay wants a decay to begin with")
             return
-        values = torch.as_tensor(decay, dtype=torch.float64).reshape(-1)
+        try:
+            values = torch.as_tensor(decay, dtype=torch.float64).reshape(-1)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"pydl: LinearAttention: decay is {decay!r}, wants one number or {self.heads}"
+            ) from error
         values = values.expand(self.heads) if values.numel() == 1 else values
         most = 1 - 1e-7 if learn else 1.0
         right = values.numel() == self.heads and bool(((values > 0) & (values <= most)).all())
@@ -118,27 +130,40 @@ class LinearAttention(HasBackend, nn.Module):
         if learn:
             self.decay_logit = nn.Parameter(torch.logit(values).float().to(device))
         else:
-            self.decay_value = values.float().to(device)
+            self.decay = tuple(values.tolist())
 
-    def _decay(self, like: Tensor) -> Tensor | None:
+    def _decay(self, like: Tensor) -> Tensor | tuple[float, ...] | None:
         """Each head's decay, in what `linear_attention` computes in."""
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        if self.decay_logit is not None:
-            return torch.sigmoid(self.decay_logit.to(wide))
-        return None if self.decay_value is None else self.decay_value.to(wide)
+        if self.decay_logit is None:
+            return self.decay
+        return torch.sigmoid(self.decay_logit.to(wide_dtype(like)))
+
+    def _check(self, name: str, x: Tensor, width: int, dims: int) -> None:
+        if not isinstance(x, Tensor) or x.dim() != dims or x.shape[-1] != width:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise RuntimeError(
+                f"pydl: LinearAttention: {name} is {got}, wants "
+                f"({'B, L' if dims == 3 else 'B'}, {width})"
+            )
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, L, parts * heads * dim_head) as (B, heads, L, dim_head) views."""
         return x.unflatten(-1, (parts, self.heads, self.dim_head)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, key_padding_mask: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, context: Tensor | None = None, key_padding_mask: Tensor | None = None,
+        *, state: State | None = None, return_state: bool = False,
+    ) -> Any:  # fmt: skip
         """Attends to `context`, or to `x` itself, but for its tokens where `key_padding_mask`, (B,
-        S), is True."""
+        S), is True; in the causal form also to what `state` holds, as returned. Returns (B, L,
+        dim), and with `return_state` the state after the last token."""
         if context is not None and self.causal:
             raise RuntimeError("pydl: LinearAttention: a context was given, but causal takes none")
+        if (state is not None or return_state) and not self.causal:
+            raise RuntimeError("pydl: LinearAttention: a state wants the causal form")
         source = x if context is None else context
+        self._check("x", x, self.dim, 3)
+        self._check("x" if context is None else "context", source, self.context_dim, 3)
         if self.to_qkv is None:
             (q,) = self._split(self.to_q(x), 1)
             k, v = self._split(self.to_kv(source), 2)
@@ -152,10 +177,14 @@ class LinearAttention(HasBackend, nn.Module):
             k, v = self._split(linear_layer(source, weight[inner:], second, self.backend), 2)
         out = F.linear_attention(
             q, k, v, causal=self.causal, feature_map=self.feature_map, normalize=self.normalize,
-            eps=self.eps, key_padding_mask=key_padding_mask, scale=self.scale,
-            decay=self._decay(q), backend=self.backend,
+            eps=self.eps, key_padding_mask=key_padding_mask, initial_state=state,
+            return_state=return_state, scale=self.scale, decay=self._decay(q),
+            backend=self.backend,
         )  # fmt: skip
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        if not return_state:
+            return self.to_out(out.transpose(1, 2).flatten(2))
+        out, after = out
+        return self.to_out(out.transpose(1, 2).flatten(2)), after
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One token of the causal form.
@@ -172,6 +201,7 @@ class LinearAttention(HasBackend, nn.Module):
         """
         if not self.causal or self.to_qkv is None:
             raise RuntimeError("pydl: LinearAttention: step wants the causal form")
+        self._check("x", x, self.dim, 2)
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, self.dim_head)).unbind(-3)
         out, state = F.linear_attention_step(
             q, k, v, state, feature_map=self.feature_map, normalize=self.normalize, eps=self.eps,

@@ -43,9 +43,11 @@ def features(x: Tensor, feature: int) -> Tensor:
 
 def _prepared(q: Tensor, k: Tensor, v: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """Features, and values, of as many heads as queries have; zeros where a key is ignored."""
+    hidden = None if s.hidden is None else s.hidden[:, None, :, None]
+    if hidden is not None and s.feature:  # what is ignored may be no number: its slope neither
+        k = k.masked_fill(hidden, 0)
     f, g = features(q, s.feature), features(k, s.feature)
-    if s.hidden is not None:
-        hidden = s.hidden[:, None, :, None]
+    if hidden is not None:
         g, v = g.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     group = q.shape[1] // max(1, k.shape[1])
     if group > 1:
@@ -111,9 +113,10 @@ def chunked(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
     total: Tensor | None, *settings: Any,
 ) -> Outputs:  # fmt: skip
-    """The same in time and memory that grow with the length: chunks of the sequence, all at once.
+    """The same by chunks of the sequence, all at once.
 
-    The states before the chunks are sums over those before, weighted by decay.
+    The states before the chunks are sums over those before, weighted by decay: of each pair of
+    chunks there is a number for each head, which is little beside the states to some 100,000 keys.
     """
     s = Settings(*settings)
     f, g, v = _prepared(q, k, v, s)

@@ -38,77 +38,73 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
-def _forward(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = product(backend, _matrix(x), wide(weight).t(), wide(bias))
-    out = out if out.dtype == x.dtype else out.to(x.dtype)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+def _product_of(a: Tensor, b: Tensor, shape: Sequence[int], like: Tensor, *bias: Any) -> Tensor:
+    """`a @ b` in a shape and in a tensor's dtype. What is returned is no view: it may be changed in
+    place."""
+    out = empty(a, a.dtype, *shape)
+    rows = out if len(shape) == 2 else out.view(a.shape[0], b.shape[1])
+    kernel("cpu", "product")(rows, a, b, *(bias or (None,)))
+    return out if out.dtype == like.dtype else out.to(like.dtype)
 
 
-def _either(backend: str, columns: bool, a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of matrices; its columns lie in memory one after the other where `columns`."""
-    return product(backend, b.t(), a.t()).t() if columns else product(backend, a, b)
+def _forward(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, *layout: bool) -> Tensor:
+    added = None if bias is None else wide(bias).contiguous()
+    shape = (*x.shape[:-1], weight.shape[0])
+    return _product_of(_matrix(x), wide(weight).t(), shape, x, added)
 
 
-def _by_columns(x: Tensor) -> bool:
-    return x.dim() == 2 and x.stride() == (1, x.shape[0])
-
-
-def _dinput(backend: str, dy: Tensor, weight: Tensor, columns: bool) -> Tensor:
-    dx = _either(backend, columns, _matrix(dy), wide(weight)).to(dy.dtype)
-    return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], weight.shape[1])
+def _gradient(columns: bool, a: Tensor, b: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """`a @ b`; as a matrix whose columns lie one after the other where `columns`."""
+    if columns:
+        return _product_of(b.t(), a.t(), (b.shape[1], a.shape[0]), like).t()
+    return _product_of(a, b, shape, like)
 
 
 def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
-    x, weight, bias = saved
+    x, weight = saved
+    columns_of_x, columns_of_weight = scalars
     dx = dweight = dbias = None
-    # Gradients lie in memory as torch's do: as the input and the weight, roughly.
-    if needs[0]:
-        dx = _dinput(backend, dy, weight, _by_columns(x))
     rows = dy.reshape(prod(dy.shape[:-1]), dy.shape[-1])
+    if needs[0]:
+        shape = (*dy.shape[:-1], weight.shape[1])
+        dx = _gradient(columns_of_x, wide(rows), wide(weight), shape, dy)
     if needs[1]:
-        columns = weight.stride() != (weight.shape[1], 1)
-        dweight = _either(backend, columns, wide(rows).t(), _matrix(x)).to(weight.dtype)
-    if bias is not None and needs[2]:
+        shape = (dy.shape[-1], x.shape[-1])
+        dweight = _gradient(columns_of_weight, wide(rows).t(), _matrix(x), shape, dy)
+    if needs[2]:
         dbias = rows.sum(0)
     return dx, dweight, dbias
 
 
-def _frozen_backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
-    return _dinput(backend, dy, saved[0], scalars[1]), None
+def _saves(given: tuple, made: tuple) -> tuple:
+    """What torch's saves: what the gradients asked for need."""
+    x, weight, _ = given
+    return x if weight.requires_grad else None, weight if x.requires_grad else None
 
 
-def _frozen_derivative(dy: Tensor, saved: tuple, scalars: tuple) -> tuple:
-    return dy @ saved[0], None
+def _derivative(dy: Tensor, saved: tuple, scalars: tuple) -> tuple:
+    x, weight = saved
+    dx = None if weight is None else dy @ weight
+    rows = dy.reshape(prod(dy.shape[:-1]), dy.shape[-1])
+    dweight = None if x is None else rows.t() @ x.reshape(rows.shape[0], x.shape[-1])
+    return dx, dweight, rows.sum(0)
 
 
-def _frozen_forward(
-    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool
-) -> Tensor:
-    return _forward(backend, x, weight, bias)
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *layout: bool) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
-def _frozen_reference(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool) -> Tensor:
-    return F.linear(x, weight, wide(bias))
-
-
-_RULE = Rule("linear", 3, _forward, _backward, F.linear)
+_RULE = Rule("linear", 3, _forward, _backward, _reference, saves=_saves, derivative=_derivative)
 _linear = autograd.make(_RULE)
-# Where parameters do not learn, nothing of the input is kept.
-_frozen = autograd.make(
-    Rule(
-        "linear_frozen", 2, _frozen_forward, _frozen_backward, _frozen_reference,
-        saves=lambda tensors, outputs: tensors[1:], derivative=_frozen_derivative,
-    )
-)  # fmt: skip
 
 
 def projected(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` of tensors of one dtype within another op, by the backend that was chosen for it."""
     if backend in ("torch", "reference") or x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return _linear(backend, x, weight, bias)
-    return _frozen(backend, x, weight, bias, _by_columns(x))
+    # Gradients lie in memory as torch's do: as the input and the weight.
+    columns_of_x = x.dim() == 2 and x.stride() == (1, x.shape[0])
+    return _linear(backend, x, weight, bias, columns_of_x, weight.stride() != (weight.shape[1], 1))
 
 
 def measured_as(op: str, x: Tensor) -> str:
@@ -117,13 +113,37 @@ def measured_as(op: str, x: Tensor) -> str:
     return op if rows >= SHORT else f"{op}_short"
 
 
-def _native(x: Tensor) -> bool:
-    """Whether native PyTorch is known to compute under autocast, before anything is cast."""
-    kind = x.device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
-        return False
-    limits = calibration.limits(kind, measured_as("linear", x), torch.get_autocast_dtype(kind))
-    return limits is None or x.numel() < min(limits[1:])
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _native(input: Any, weight: Any, bias: Any) -> bool:
+    """Whether native PyTorch computes because nothing else may or is known to, told before any
+    tensor is cast or looked at more closely."""
+    for x in (input, weight, bias):
+        if type(x) not in _PLAIN and x is not None:
+            return True  # torch says what is wrong, and subclasses what they do with linear
+    if input.is_nested or input.layout != torch.strided:
+        return True
+    kind, dtype = input.device.type, input.dtype
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    if torch.compiler.is_compiling():
+        # A graph of any size is not to be compiled anew for each side of a limit, and one that is
+        # exported not to need this package.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        others = [x for x in (weight, bias) if x is not None]
+        if torch.compiler.is_exporting() or any(x.dtype != input.dtype for x in others):
+            return True
+        rows = input.numel() // max(1, input.shape[-1]) if input.dim() else 1
+        if not statically_known_true(rows >= SHORT):
+            return True
+        limits = calibration.limits(kind, "linear", dtype)
+        return limits is None or not statically_known_true(input.numel() >= max(limits[1:]))
+    if torch._C._get_tracing_state() is not None:
+        return True
+    limits = calibration.limits(kind, measured_as("linear", input), dtype)
+    return limits is None or input.numel() < min(limits[1:])
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -153,8 +173,8 @@ def linear(
             product is cuBLAS's.
 
     Returns:
-        (..., N) in the input's dtype, summed in fp32 at least and rounded once. Saves the input,
-        where a parameter learns, and the weight.
+        (..., N) in the input's dtype, summed in fp32 at least and rounded once. Saves the input
+        where the weight learns, and the weight where the input has a gradient.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit, or the backend cannot serve the call;
@@ -163,15 +183,16 @@ def linear(
     The order of summing, in parts of 256, is that of Goto and van de Geijn 2008, doi
     10.1145/1356052.1356053.
     """
-    named = requested(backend)
-    if named is None and (autograd.sharded(input) or autograd.sharded(weight) or _native(input)):
+    if requested(backend) is None and _native(input, weight, bias):
         return F.linear(input, weight, bias)
     tensors: Sequence[Tensor] = (input, weight) if bias is None else (input, weight, bias)
-    lower: Any = tensors if named == "torch" else lowered(*tensors)
-    chosen = choose("linear", backend, *lower, key=measured_as)
+    lower = tensors if requested(backend) == "torch" else lowered(*tensors)
+    # What compiles has been decided by now, without a guard on sizes.
+    sized = not torch.compiler.is_compiling() or requested(backend) is not None
+    chosen = choose("linear", backend, *lower, key=measured_as) if sized else "cpu"
     if chosen == "torch":
         return F.linear(input, weight, bias)
-    x, w, b = (*lower, None)[:3]
+    x, w, b = lower[0], lower[1], lower[2] if bias is not None else None
     if w.dim() == 1 and b is None:
         return linear(x, w[None], backend=backend).squeeze(-1)
     _check(x, w, b)
@@ -186,7 +207,9 @@ def linear(
 
 def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
     """`linear` within a module, by torch where the backend has kernels for other modules only, and
-    of DTensors, whose sums over shards torch knows."""
-    if requested(backend) in ("cuda", "triton") or any(map(autograd.sharded, (input, weight))):
+    where tensors are of types that know what linear does: DTensors, quantised ones."""
+    if requested(backend) in ("cuda", "triton") or not (
+        type(input) in _PLAIN and type(weight) in _PLAIN
+    ):
         return F.linear(input, weight, bias)
     return linear(input, weight, bias, backend=backend)
