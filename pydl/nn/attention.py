@@ -152,9 +152,13 @@ class MultiheadAttention(HasBackend, nn.MultiheadAttention):
             shapes(f"keys of width {self.kdim} and values of width {self.vdim}"),
             RuntimeError,
         )
-        batch = (query.shape[at],) if dims == 3 else ()
-        _wants(not batch or key.shape[at] == batch[0], shapes("one batch size"), RuntimeError)
-        rows, keys = (t.shape[1 - at] if batch else t.shape[0] for t in (query, key))
+        # No truth of a tuple of sizes, which torch.compile cannot trace where they are dynamic.
+        batched = dims == 3
+        batch = (query.shape[at],) if batched else ()
+        _wants(
+            not batched or key.shape[at] == query.shape[at], shapes("one batch size"), RuntimeError
+        )
+        rows, keys = (t.shape[1 - at] if batched else t.shape[0] for t in (query, key))
         _wants(not is_causal or mask is not None, lambda: "is_causal wants attn_mask", RuntimeError)
         self._check_mask("key_padding_mask", padding, query.dtype)
         self._check_mask("attn_mask", mask, query.dtype)
@@ -170,7 +174,7 @@ class MultiheadAttention(HasBackend, nn.MultiheadAttention):
             _wants(
                 tuple(size) == (*more, rows, keys),
                 lambda: f"attn_mask has shape {tuple(size)}, wants {(*more, rows, keys)}",
-                RuntimeError if batch or len(size) == 2 else AssertionError,
+                RuntimeError if batched or len(size) == 2 else AssertionError,
             )
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import index
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydl import autograd
-from pydl.backends import choose
+from pydl.backends import FLOATS, choose, requested
 from pydl.ops import decoding
-from pydl.ops.attention import RULE, Settings, call, definition
+from pydl.ops.attention import RULE, Settings, call
 from pydl.ops.bias_act import lowered
 from pydl.ops.philox import check_rate, draw_seed
 
@@ -27,21 +28,43 @@ def window_of(op: str, window: Window, causal: bool) -> tuple[int, int]:
     """
     if window is None:
         pair = (-1, -1)
-    elif isinstance(window, int):
-        if window < 1 or window % 2 == 0:
-            raise ValueError(
-                f"pydl: {op}: the window is {window}, wants an odd total width, or a pair (left, "
-                "right)"
-            )
-        pair = (window // 2, window // 2)
     else:
-        pair = (int(window[0]), int(window[1]))
-        if len(window) != 2 or min(pair) < -1:
+        try:
+            pair = _pair(window)
+        except TypeError:
+            pair = (-2, -2)
+        if min(pair) < -1 or max(pair) > _LONGEST:
             raise ValueError(
-                f"pydl: {op}: the window is {window}, wants an odd total width, or a pair (left, "
+                f"pydl: {op}: the window is {window!r}, wants an odd total width, or a pair (left, "
                 "right) of keys, -1 for all"
             )
     return (pair[0], 0) if causal else pair
+
+
+_LONGEST = 1 << 40  # more than there are positions, and far from int64's end
+
+
+def _pair(window: Any) -> tuple[int, int]:
+    """What a window says; below -1 where it says nothing."""
+    if isinstance(window, (tuple, list)):
+        if len(window) != 2:
+            return -2, -2
+        return index(window[0]), index(window[1])
+    width = index(window)
+    return (width // 2, width // 2) if width > 0 and width % 2 else (-2, -2)
+
+
+def softcap_of(op: str, softcap: float | None) -> float:
+    """0 where there is none.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    if softcap is None:
+        return 0.0
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"pydl: {op}: softcap is {softcap}, wants a positive number or None")
+    return float(softcap)
 
 
 def at_bottom(op: str, causal_alignment: str) -> bool:
@@ -88,13 +111,17 @@ def check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bo
 class Folded:
     """Queries, keys and values as (batch, heads, rows, columns), and the way back."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> None:
-        if not gqa:
-            leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-            q, k, v = (t.expand(*leading, *t.shape[-2:]) for t in (q, k, v))
-        elif q.dim() > 3:
-            leading = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-            q, k, v = (t.expand(*leading, *t.shape[-3:]) for t in (q, k, v))
+    def __init__(self, op: str, q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> None:
+        if not gqa or q.dim() > 3:
+            kept = 3 if gqa else 2
+            try:
+                leading = torch.broadcast_shapes(*(t.shape[:-kept] for t in (q, k, v)))
+            except RuntimeError:
+                raise refusal(
+                    op, f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}: "
+                    "wants batches and heads that broadcast"
+                ) from None  # fmt: skip
+            q, k, v = (t.expand(*leading, *t.shape[-kept:]) for t in (q, k, v))
         self.shape = (*q.shape[:-1], v.shape[-1])
         self._batched = gqa or q.dim() != 3
         self.tensors = tuple(self._fold(t) for t in (q, k, v))
@@ -106,7 +133,7 @@ class Folded:
             return t[None, None]
         if t.dim() == 3:
             return t[None] if self._batched else t[:, None]
-        return t.reshape(-1, *t.shape[-3:])
+        return t.reshape(math.prod(t.shape[:-3]), *t.shape[-3:])
 
     def mask(self, op: str, mask: Tensor | None) -> Tensor | None:
         """Of four dimensions, those of size 1 standing for all."""
@@ -128,14 +155,15 @@ class Folded:
             return self._fold(mask)
         if all(n == 1 for n in mask.shape[:-3]):
             return mask.reshape(1, *mask.shape[-3:])
-        return mask.expand(*wanted[:-3], *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+        batch = math.prod(wanted[:-3])
+        return mask.expand(*wanted[:-3], *mask.shape[-3:]).reshape(batch, *mask.shape[-3:])
 
 
 def run(
     chosen: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, relative: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if chosen == "reference":
+    if chosen in ("reference", "torch"):  # PyTorch has no such call
         return autograd.in_reference(RULE, q, k, v, mask, relative, *settings)
     if autograd.sharded(q):
         return autograd.on_shards(
@@ -148,8 +176,44 @@ def run(
 
 
 def seed_of(op: str, p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
+    """What decides the dropout, if there is any; drawn where it is not given.
+
+    Raises:
+        ValueError: `p` is not in [0, 1].
+        RuntimeError: the seed is not of two int64 values on the device.
+    """
     check_rate(op, p)
+    if seed is not None:
+        right = isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.device == device
+        if not right or tuple(seed.shape) != (2,):
+            got = (
+                f"{seed.dtype} {tuple(seed.shape)} on {seed.device}" if isinstance(seed, Tensor)
+                else f"a {type(seed).__name__}"
+            )  # fmt: skip
+            raise refusal(op, f"seed is {got}, wants two int64 values on {device}")
     return None if p == 0 else draw_seed(device) if seed is None else seed
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+MUCH = 16  # times a window, from which on the whole is much more
+
+
+def instead(
+    chosen: str, backend: str | None, length: int, pair: tuple[int, int], *given: Any
+) -> str:
+    """Who computes what PyTorch has no call for, on the CPU: kernels, unless another is named; they
+    store no scores. In fp64, which they have no vectors for, where a window leaves most of it out.
+    """
+    first = given[0]
+    if chosen != "torch" or requested(backend) is not None or first.device.type != "cpu":
+        return chosen
+    same = all(
+        type(t) in _PLAIN and t.dtype == first.dtype and t.device == first.device for t in given
+    )
+    if not same or first.dtype not in FLOATS or first.layout != torch.strided:
+        return chosen
+    banded = min(pair) >= 0 and length >= MUCH * (sum(pair) + 1)
+    return "cpu" if banded or first.dtype != torch.float64 else chosen
 
 
 def scaled_dot_product_attention(
@@ -172,7 +236,8 @@ def scaled_dot_product_attention(
     """Attention, `softmax(scale * query @ key.T + attn_mask) @ value`, never storing the scores.
 
     Args:
-        query: (..., L, E), any strides and floating dtype.
+        query: (..., L, E), any strides and floating dtype; or nested, of layout jagged, (B, H, *,
+            E), as are key and value then, which `attn_mask` and `return_lse` are not for.
         key: (..., S, E).
         value: (..., S, Ev).
         attn_mask: Broadcasts to (..., L, S). Of truth values: False hides a key. Of numbers, in the
@@ -200,36 +265,46 @@ def scaled_dot_product_attention(
         two numbers a row.
 
     Raises:
-        ValueError: `dropout_p`, `causal_alignment` or `window` is none of the above.
+        ValueError: `dropout_p`, `causal_alignment`, `softcap` or `window` is none of the above.
         RuntimeError: shapes, dtypes or devices do not fit; `attn_mask` along with `is_causal`.
 
     Source: Dao et al. 2022, arXiv 2205.14135.
     """
     op = "scaled_dot_product_attention"
     bottom = at_bottom(op, causal_alignment)
+    p, cap = float(dropout_p), softcap_of(op, softcap)
+    check_rate(op, p)
     if is_causal and attn_mask is not None:
         raise refusal(op, "attn_mask was given along with is_causal, wants one of them")
     left, right = window_of(op, window, is_causal)
+    if isinstance(query, Tensor) and query.is_nested:
+        from pydl.ops.jagged import attend
+
+        return attend(
+            query, key, value, attn_mask, dropout_p=p, is_causal=is_causal, scale=scale,
+            enable_gqa=enable_gqa, causal_alignment=causal_alignment, window=window,
+            softcap=softcap, return_lse=return_lse, seed=seed, backend=backend,
+        )  # fmt: skip
     if attn_mask is not None and attn_mask.is_floating_point():
         query, key, value, attn_mask = lowered(query, key, value, attn_mask)
     else:
         query, key, value = lowered(query, key, value)
     chosen = choose(op, backend, query, key, value)
     check(op, query, key, value, attn_mask, enable_gqa)
-    p = float(dropout_p)
-    plain = not (bottom and is_causal) and window is None and not softcap and not return_lse
+    plain = not (bottom and is_causal) and window is None and not cap and not return_lse
     if chosen == "torch" and plain and (seed is None or p == 0):
+        if attn_mask is not None and attn_mask.dim() < 2:
+            attn_mask = attn_mask.reshape(1, -1)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    folded = Folded(query, key, value, enable_gqa)
+    chosen = instead(chosen, backend, key.shape[-2], (left, right), query, key, value)
+    folded = Folded(op, query, key, value, enable_gqa)
     q, k, v = folded.tensors
     settings = Settings(
         seed_of(op, p, seed, query.device), None, None, q.shape[2], k.shape[2],
-        scale_of(query, scale),
-        float(softcap or 0.0), left, right, bottom, p,
+        scale_of(query, scale), cap, left, right, bottom, p,
     )  # fmt: skip
-    args = (q, k, v, folded.mask(op, attn_mask), None)
-    out, lse = definition(*args, *settings) if chosen == "torch" else run(chosen, *args, settings)
+    out, lse = run(chosen, q, k, v, folded.mask(op, attn_mask), None, settings)
     out = out.view(folded.shape)
     return (out, lse.view(folded.shape[:-1])) if return_lse else out

@@ -7,17 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydl.backends import choose
-from pydl.ops.attention import Settings, definition, visible
+from pydl.ops.attention import Settings, visible
 from pydl.ops.bias_act import lowered
 from pydl.ops.dot_product import (
+    MUCH,
     Folded,
     check,
+    instead,
     refusal,
     run,
     scale_of,
     seed_of,
     window_of,
 )
+from pydl.ops.philox import check_rate
 
 
 def local_attention(
@@ -41,8 +44,8 @@ def local_attention(
 
     Args:
         query: (..., H, L, E), any strides and floating dtype.
-        key: (..., H, L, E).
-        value: (..., H, L, Ev).
+        key: (..., Hkv, L, E); H is a multiple of Hkv.
+        value: (..., Hkv, L, Ev).
         window_size: An odd total width centred on the query (7 sees 3 before and 3 after), or a
             pair of how many before and after, -1 for all.
         causal: See no key after the query's own.
@@ -66,20 +69,28 @@ def local_attention(
     """
     op = "local_attention"
     left, right = window_of(op, window_size, causal)
-    if dilation < 1:
-        raise ValueError(f"pydl: {op}: dilation is {dilation}, wants 1 or more")
+    if not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f"pydl: {op}: dilation is {dilation!r}, wants a whole number above 0")
+    if window_size is None:
+        raise ValueError(f"pydl: {op}: the window is None, wants a total width or a pair")
+    p = float(dropout_p)
+    check_rate(op, p)
     if bias is not None:
         query, key, value, bias = lowered(query, key, value, bias)
     else:
         query, key, value = lowered(query, key, value)
     chosen = choose(op, backend, query, key, value)
-    check(op, query, key, value, None, False)
+    check(op, query, key, value, None, query.dim() > 2)
     if query.dim() < 3 or query.shape[-2] != key.shape[-2]:
         raise refusal(
             op, f"query {tuple(query.shape)}, key {tuple(key.shape)}: wants (..., H, L, E), as "
             "many keys as queries"
         )  # fmt: skip
-    folded = Folded(query, key, value, True)
+    length, pair = key.shape[-2] // dilation, (left, right)
+    much = min(pair) >= 0 and length >= MUCH * (sum(pair) + 1)
+    if much or bias is not None or p > 0:
+        chosen = instead(chosen, backend, length, pair, query, key, value)
+    folded = Folded(op, query, key, value, True)
     q, k, v = folded.tensors
     heads, length = q.shape[1], q.shape[2]
     relative = None
@@ -99,31 +110,30 @@ def local_attention(
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool or tuple(key_padding_mask.shape) != (
             q.shape[0], length,
-        ):  # fmt: skip
+        ) or key_padding_mask.device != query.device:  # fmt: skip
             raise refusal(
                 op, f"key_padding_mask is {key_padding_mask.dtype} "
-                f"{tuple(key_padding_mask.shape)}, wants bool ({q.shape[0]}, {length})"
+                f"{tuple(key_padding_mask.shape)} on {key_padding_mask.device}, wants bool "
+                f"({q.shape[0]}, {length}) on {query.device}"
             )  # fmt: skip
         mask = ~key_padding_mask[:, None, None]
     steps = _Steps(q, dilation) if dilation > 1 else None
     if steps is not None:
         q, k, v = (steps.apart(t) for t in (q, k, v))
         mask = steps.mask(mask)
-    p = float(dropout_p)
     settings = Settings(
         seed_of(op, p, seed, query.device), None, None, q.shape[2], k.shape[2],
         scale_of(query, scale),
         0.0, left, right, False, p,
     )  # fmt: skip
     args = (q, k, v, mask, relative)
-    if chosen != "torch":
-        out = run(chosen, *args, settings)[0]
-    elif relative is None and p == 0:
+    if chosen == "torch" and relative is None and p == 0:
         seen = visible(q.shape[2], k.shape[2], left, right, False, q.device)
         seen = seen if mask is None else seen & mask
-        out = F.scaled_dot_product_attention(q, k, v, seen, scale=settings.scale)
+        gqa = k.shape[1] != heads
+        out = F.scaled_dot_product_attention(q, k, v, seen, scale=settings.scale, enable_gqa=gqa)
     else:
-        out = definition(*args, *settings)[0]
+        out = run(chosen, *args, settings)[0]
     return (out if steps is None else steps.together(out)).view(folded.shape)
 
 

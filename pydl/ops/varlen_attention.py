@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from pydl.backends import choose
-from pydl.ops.attention import Settings, definition
+from pydl.ops.attention import Settings
 from pydl.ops.bias_act import lowered
 from pydl.ops.dot_product import (
     Window,
     at_bottom,
     check,
+    instead,
     refusal,
     run,
     scale_of,
     seed_of,
+    softcap_of,
     window_of,
 )
 
@@ -73,17 +75,22 @@ def varlen_attention(
         RuntimeError: shapes, dtypes or devices do not fit.
     """
     op = "varlen_attention"
-    bottom = at_bottom(op, causal_alignment)
+    bottom, cap = at_bottom(op, causal_alignment), softcap_of(op, softcap)
     left, right = window_of(op, window, is_causal)
     query, key, value = lowered(query, key, value)
     chosen = choose(op, backend, query, key, value)
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
-        raise refusal(op, "wants query, key and value of three dimensions, (T, heads, width)")
+        raise refusal(
+            op, f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: "
+            "wants three dimensions of each, (T, heads, width)"
+        )  # fmt: skip
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
     check(op, q, k, v, None, True)
     if not enable_gqa and k.shape[1] != q.shape[1]:
         raise refusal(op, f"{q.shape[1]} heads of queries and {k.shape[1]} of keys want enable_gqa")
     for name, given, total in (("cu_seq_q", cu_seq_q, q), ("cu_seq_k", cu_seq_k, k)):
+        if not isinstance(given, Tensor):
+            raise refusal(op, f"{name} is a {type(given).__name__}, wants a Tensor")
         if given.dim() != 1 or given.numel() != cu_seq_q.numel() or given.numel() < 1:
             raise refusal(
                 op, f"{name} has shape {tuple(given.shape)}, wants one more than the sequences, "
@@ -97,13 +104,15 @@ def varlen_attention(
     _check_offsets(op, cu_seq_q, q.shape[2], max_q)
     _check_offsets(op, cu_seq_k, k.shape[2], max_k)
     p = float(dropout_p)
+    starts_q, starts_k = cu_seq_q.long(), cu_seq_k.long()
+    if cu_seq_k is cu_seq_q:  # torch.compile takes no tensor twice
+        starts_k = starts_k.clone()
     settings = Settings(
-        seed_of(op, p, seed, query.device), cu_seq_q.long(), cu_seq_k.long(), int(max_q),
-        int(max_k), scale_of(query, scale),
-        float(softcap or 0.0), left, right, bottom, p,
+        seed_of(op, p, seed, query.device), starts_q, starts_k, int(max_q), int(max_k),
+        scale_of(query, scale), cap, left, right, bottom, p,
     )  # fmt: skip
-    args = (q, k, v, None, None)
-    out, lse = definition(*args, *settings) if chosen == "torch" else run(chosen, *args, settings)
+    chosen = instead(chosen, backend, int(max_k), (left, right), query, key, value)
+    out, lse = run(chosen, q, k, v, None, None, settings)
     out = out[0].transpose(0, 1)
     return (out, lse[0, :, :, 0]) if return_lse else out
 
