@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import pydl
 from pydl import functional as F
@@ -176,3 +178,129 @@ def test_products_without_numbers() -> None:
         F.linear(x[..., :0], layer.weight[:, :0], layer.bias, backend="cpu"),
         TF.linear(x[..., :0], layer.weight[:, :0], layer.bias),
     )
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("shape", [(9,), (4, 9), (3, 4, 9)], ids=str)
+def test_a_result_may_be_changed_in_place(shape: tuple[int, ...], learns: bool) -> None:
+    layer = nn.Linear(9, 5).requires_grad_(learns)
+    x = torch.randn(shape, requires_grad=True)
+    found = []
+    for run in (layer, lambda x: F.linear(x, layer.weight, layer.bias, backend="cpu")):
+        y = run(x)
+        y += 1
+        y.relu_()
+        found.append([y, *torch.autograd.grad(y.square().sum(), x)])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_saves_what_torch_saves() -> None:
+    """So that what is saved no more may be written over."""
+    x, layer = _call()
+    x = x.detach()
+    losses = [F.linear(x, layer.weight, layer.bias, backend="cpu").sum() for _ in range(2)]
+    losses[0].backward()
+    with torch.no_grad():
+        layer.weight.add_(1)
+        layer.bias.add_(1)
+    losses[1].backward()
+    layer.weight.requires_grad_(False)
+    with kept() as found:
+        F.linear(x, layer.weight, layer.bias, backend="cpu")
+    assert not found
+
+
+def test_batched_gradients() -> None:
+    x, layer = _call()
+    y = F.linear(x, layer.weight, layer.bias, backend="cpu")
+    dys = torch.randn(3, *y.shape)
+    of = (x, layer.weight, layer.bias)
+    found = torch.autograd.grad(y, of, dys, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, of, dy, retain_graph=True) for dy in dys]
+    for one, wanted in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("asked", [None, "cpu"])
+def test_traced(asked: str | None) -> None:
+    """By torch.jit.trace: with gradients, and for other sizes."""
+    layer = nn.Linear(256, 64)
+    model = nn.Sequential(copy.deepcopy(layer))
+    pydl.replace(model, backend=asked, fuse=False)
+    with pytest.warns(torch.jit.TracerWarning) if asked else nullcontext():
+        traced = torch.jit.trace(model, torch.randn(100, 256))
+    for rows in (100, 7):
+        x = torch.randn(rows, 256, requires_grad=True)
+        torch.testing.assert_close(_gradients(traced(x), x), _gradients(layer(x), x))
+
+
+@pytest.mark.parametrize("asked", [None, "cpu"])
+def test_compiled(asked: str | None) -> None:
+    """One graph for any number of rows; gradients of torch.func's too."""
+    layer = nn.Linear(256, 64)
+    model = nn.Sequential(copy.deepcopy(layer))
+    pydl.replace(model, backend=asked, fuse=False)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for rows in (20, 50, 70, 90, 300, 2000):
+        x = torch.randn(rows, 256)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert counter.frame_count <= 2
+
+    def gradients(run: nn.Module) -> dict[str, Tensor]:
+        x = torch.ones(100, 256)
+
+        def loss(state: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(run, state, (x,)).square().sum()
+
+        state = {name.removeprefix("0."): p.detach() for name, p in run.named_parameters()}
+        state = {("0." if isinstance(run, nn.Sequential) else "") + n: p for n, p in state.items()}
+        found = torch.compile(torch.func.grad(loss), backend="aot_eager")(state)
+        return {name.removeprefix("0."): g for name, g in found.items()}
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(gradients(model), gradients(layer))
+    torch._dynamo.reset()
+
+
+def test_exported_for_any_size() -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 64))
+    wanted = copy.deepcopy(model)
+    pydl.replace(model, fuse=False)
+    rows = torch.export.Dim("rows", min=2, max=1024)
+    program = torch.export.export(model, (torch.randn(100, 256),), dynamic_shapes=({0: rows},))
+    x = torch.randn(3, 256)
+    y = program.module()(x)
+    torch.testing.assert_close(y, wanted(x))
+    y.sum().backward()
+
+
+def test_what_torch_alone_takes() -> None:
+    """By the automatic choice: nested tensors, subclasses, and what is no tensor."""
+    layer = pydl.nn.Linear(256, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([torch.randn(n, 256) for n in (20, 60)])
+    assert layer(nested).is_nested
+
+    class Sub(Tensor):
+        pass
+
+    for backend in (None, "cpu"):
+        layer.backend = backend
+        assert type(layer(torch.randn(100, 256).as_subclass(Sub))) is Sub
+        with pytest.raises(TypeError, match="must be Tensor"):
+            layer("x")
+
+
+def test_undo_after_a_parametrisation() -> None:
+    """torch's changes the class of the twin, which is left in place then."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    second = model[1]
+    report = pydl.replace(model)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    wanted = model(torch.ones(2, 6))
+    report.undo()
+    assert model[1] is second
+    torch.testing.assert_close(model(torch.ones(2, 6)), wanted)
