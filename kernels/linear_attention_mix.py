@@ -207,15 +207,17 @@ def mix_kernel(
             by = ones * scale
             if FORM.NORMALIZE:
                 below = total * scale + eps
+                by = tl.where(below == 0, 0.0, scale / tl.where(below == 0, 1.0, below))
+                by = tl.minimum(tl.maximum(by, -3.4028234e38), 3.4028234e38)
+            if column == 0:
+                tl.store(inputs.factor + unit * rows + r, by, mask=r < stop)
+            if FORM.NORMALIZE:
                 # The inverse of a subnormal number overflows where the quotient need not.
                 lift = tl.where(tl.abs(below) < 1e-30, 18446744073709551616.0, 1.0)
                 by = tl.where(below == 0, 0.0, scale / tl.where(below == 0, 1.0, below * lift))
                 sums = tl.where((below == 0)[:, None], 0.0, sums * lift[:, None] * by[:, None])
-                by = tl.minimum(tl.maximum(by * lift, -3.4028234e38), 3.4028234e38)
             else:
                 sums *= scale
-            if column == 0:
-                tl.store(inputs.factor + unit * rows + r, by, mask=r < stop)
         c = column + tl.arange(0, TILE)[None, :]
         head = h // group if OF_KEYS else h
         inside = (r < stop)[:, None] & (c < columns)

@@ -151,6 +151,13 @@ def sharded(tensor: Tensor) -> bool:
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
+def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+    """A plain tensor, alike on all ranks, as a DTensor on the mesh of another."""
+    from pydl import shards
+
+    return shards.replicated(tensor, like)
+
+
 def on_shards(rule: Rule, call: Callable[..., Any], *args: Any) -> Any:
     """`call(*args)` where the first of the tensors is a DTensor."""
     from pydl import shards

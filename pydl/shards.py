@@ -171,6 +171,12 @@ def run(rule: Rule, call: Callable[..., Any], args: Sequence[Any]) -> Any:
     return left[0] if isinstance(out, Tensor) else tuple(left)
 
 
+def replicated(tensor: Tensor, like: Any) -> DTensor:
+    """A plain tensor, alike on all ranks, as a DTensor on the mesh of another."""
+    mesh = like.device_mesh
+    return DTensor.from_local(tensor, mesh, [_WHOLE] * mesh.ndim, run_check=False)
+
+
 def elements(tensors: Sequence[Tensor]) -> int | None:
     """How many elements of the first the largest shard has; None where it is native torch's call.
 

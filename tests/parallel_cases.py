@@ -82,7 +82,10 @@ def _attention() -> Iterator[tuple[str, Case]]:
         "linear_attention",
         Case(
             lambda q, k, v: _flat(
-                F.linear_attention(q, k, v, causal=True, decay=0.9, return_state=True)
+                F.linear_attention(
+                    q, k, v, causal=True, decay=[0.9 - 0.1 * h for h in range(q.shape[1])],
+                    return_state=True,
+                )
             ),
             grouped, (0, 1), 3,
         ),

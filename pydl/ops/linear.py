@@ -98,7 +98,10 @@ def _decay(op: str, decay: Any, q: Tensor, causal: bool) -> Tensor | None:
             raise refusal(op, f"decay has {len(numbers)} numbers, wants one or {heads}")
         if not all(0 < one <= 1 for one in numbers):
             raise ValueError(f"pydl: {op}: decay is {decay}, wants more than 0, to 1")
-        return torch.tensor(numbers, dtype=wide, device=q.device).expand(heads)
+        if len(set(numbers)) == 1:
+            return q.new_full((heads,), numbers[0], dtype=wide)
+        decay = torch.tensor(numbers, dtype=wide, device=q.device)
+        return autograd.replicated(decay, q) if autograd.sharded(q) else decay
     if decay.numel() == 1 and decay.dim() < 2:
         decay = decay.reshape(1).expand(heads)
     decay = _fits(op, "decay", decay, q, (heads,), (wide, q.dtype))
