@@ -50,19 +50,7 @@ struct AttentionBackward {
         return static_cast<const T*>(x.data) + x.at(tile.s.b, tile.h, first + i, 0);
       };
       const int64_t count = tile.s.queries;
-      if constexpr (kDot) {
-        const int64_t apart = w.g.dout.strides[2];
-        d = {dout.data(), w.value_wide()};
-        for (int64_t i = 0; i < count; ++i) {
-          convert_row(row(w.g.dout, i), a.value_width, dout.data() + i * d.row, A(1));
-        }
-        if (count > 0) {
-          transpose_rows(row(w.g.dout, 0), apart, count, a.value_width, d_terms.data(), w.terms(),
-                         room.data());
-        }
-      } else {
-        d = in_place_or(row(w.g.dout, 0), w.g.dout.strides[2], count, a.value_width, dout.data());
-      }
+      d = in_place_or(row(w.g.dout, 0), w.g.dout.strides[2], count, a.value_width, dout.data());
       for (int64_t i = 0; i < count; ++i) {
         convert_row(row(a.q, i), a.width, q.data() + i * w.wide(),
                     static_cast<A>(F::before(a.scale)));
@@ -82,6 +70,7 @@ struct AttentionBackward {
       }
       if constexpr (kDot) {
         transpose_rows(q.data(), w.wide(), count, a.width, q_terms.data(), w.terms(), room.data());
+        transpose_rows(d.data, d.row, count, a.value_width, d_terms.data(), w.terms(), room.data());
       }
     }
   };
@@ -104,8 +93,7 @@ struct AttentionBackward {
         pack_panels(from_k, a.k.strides[2], count, a.width, k.data(), panel.data());
         pack_panels(from_v, a.v.strides[2], count, a.value_width, v.data(), panel.data());
         pack_rows(from_k, a.k.strides[2], count, a.width, rows.data(), w.wide());
-        std::memset(rows.data() + even(count) * w.wide(), 0,
-                    static_cast<size_t>((kKeyTile - even(count)) * w.wide()) * sizeof(N));
+        clear(rows.data() + even(count) * w.wide(), (kKeyTile - even(count)) * w.wide());
         in_rows = {rows.data(), w.wide()};
       } else {
         pack_panels(from_k, a.k.strides[2], count, a.width, k.data());

@@ -59,14 +59,7 @@ PYDL_DOT inline __attribute__((always_inline)) void dot_block(int64_t depth, con
     }
     b += b_row;
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kRegisters; ++j) {
-      float* const to = c + i * c_row + j * kLanes;
-      store(to, add ? load(to) + sums[i][j] : sums[i][j]);
-    }
-  }
+  put_block(sums, c, c_row, add);
 }
 
 template <bool kOwn, int kRegisters>
@@ -98,20 +91,9 @@ template <bool kOwn>
 inline void dot_panels(int64_t rows, int64_t columns, int64_t depth, const bfloat16* a,
                        int64_t a_row, const bfloat16* b, int64_t b_row, float* c, int64_t c_row,
                        bool add) {
-  constexpr int64_t kWide = 4 * kLanes;
-  for (int64_t j = 0; j < columns; j += kWide) {
-    const int64_t registers = (columns - j + kLanes - 1) / kLanes;
-    const bfloat16* const right = b + 2 * j;
-    if (registers >= 4) {
-      dot_rows<kOwn, 4>(rows, depth, a, a_row, right, b_row, c + j, c_row, add);
-    } else if (registers == 3) {
-      dot_rows<kOwn, 3>(rows, depth, a, a_row, right, b_row, c + j, c_row, add);
-    } else if (registers == 2) {
-      dot_rows<kOwn, 2>(rows, depth, a, a_row, right, b_row, c + j, c_row, add);
-    } else {
-      dot_rows<kOwn, 1>(rows, depth, a, a_row, right, b_row, c + j, c_row, add);
-    }
-  }
+  by_panels<float>(columns, [&](auto registers, int64_t j) {
+    dot_rows<kOwn, registers>(rows, depth, a, a_row, b + 2 * j, b_row, c + j, c_row, add);
+  });
 }
 
 // c (rows x columns) = a b, added to c where `add`. `depth` is even; a's terms follow each other;

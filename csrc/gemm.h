@@ -68,6 +68,20 @@ struct Strided {
   Strided from(int64_t i, int64_t k) const { return {data + i * row + k * column, row, column}; }
 };
 
+// c = sums, or added to it where `add`.
+template <class A, class V, int kRows, int kRegisters>
+inline __attribute__((always_inline)) void put_block(const V (&sums)[kRows][kRegisters], A* c,
+                                                     int64_t c_row, bool add) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegisters; ++j) {
+      A* const to = c + i * c_row + j * Register<A>::lanes;
+      store(to, add ? load(to) + sums[i][j] : sums[i][j]);
+    }
+  }
+}
+
 // c (kRows x kRegisters registers) = a b, added to c where `add`: as one number, so that a long sum
 // put together from many calls loses few places.
 template <class A, int kRows, int kRegisters>
@@ -97,14 +111,7 @@ inline __attribute__((always_inline)) void block(int64_t depth, const Strided<A>
     from += a.column;
     b += b_row;
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kRegisters; ++j) {
-      A* const to = c + i * c_row + j * kWidth;
-      store(to, add ? load(to) + sums[i][j] : sums[i][j]);
-    }
-  }
+  put_block(sums, c, c_row, add);
 }
 
 template <class A, int kRegisters>
@@ -131,30 +138,39 @@ __attribute__((noinline)) void block_rows(int64_t rows, int64_t depth, Strided<A
   }
 }
 
+// Calls body(registers, column) for panels of so many registers, a constant; of the last, which are
+// fewer, they are rounded up.
+template <class A, class Body>
+inline void by_panels(int64_t columns, const Body& body) {
+  constexpr int64_t kWidth = Register<A>::lanes;
+  for (int64_t j = 0; j < columns; j += kPanel<A>) {
+    const int64_t registers = (columns - j + kWidth - 1) / kWidth;
+    if constexpr (kBlockRegisters<A> == 4) {
+      if (registers >= 3) {
+        if (registers == 3) {
+          body(std::integral_constant<int, 3>{}, j);
+        } else {
+          body(std::integral_constant<int, 4>{}, j);
+        }
+        continue;
+      }
+    }
+    if (registers >= 2) {
+      body(std::integral_constant<int, 2>{}, j);
+    } else {
+      body(std::integral_constant<int, 1>{}, j);
+    }
+  }
+}
+
 // c (rows x columns) = a b, added to c where `add`. Rows of b and c are padded: `columns` is
 // rounded up to a register's lanes.
 template <class A>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<A>& a, const A* b,
               int64_t b_row, A* c, int64_t c_row, bool add) {
-  constexpr int64_t kWidth = Register<A>::lanes;
-  for (int64_t j = 0; j < columns; j += kPanel<A>) {
-    const int64_t registers = (columns - j + kWidth - 1) / kWidth;
-    if constexpr (kBlockRegisters<A> == 4) {
-      if (registers >= 4) {
-        block_rows<A, 4>(rows, depth, a, b + j, b_row, c + j, c_row, add);
-        continue;
-      }
-      if (registers == 3) {
-        block_rows<A, 3>(rows, depth, a, b + j, b_row, c + j, c_row, add);
-        continue;
-      }
-    }
-    if (registers >= 2) {
-      block_rows<A, 2>(rows, depth, a, b + j, b_row, c + j, c_row, add);
-    } else {
-      block_rows<A, 1>(rows, depth, a, b + j, b_row, c + j, c_row, add);
-    }
-  }
+  by_panels<A>(columns, [&](auto registers, int64_t j) {
+    block_rows<A, registers>(rows, depth, a, b + j, b_row, c + j, c_row, add);
+  });
 }
 
 // `count` rows of `n` numbers as they are computed with: where they lie, or converted and padded
@@ -181,9 +197,10 @@ inline void convert_back(const A* from, int64_t n, T* to, A scale) {
     store_some(to + i, x, n - i < kWidth ? n - i : kWidth);
   }
 }
-template <class T, class A>
-inline Matrix<A> in_place_or(const T* from, int64_t stride, int64_t count, int64_t n, A* room) {
-  if constexpr (std::is_same_v<T, A>) {
+template <class T, class N>
+inline Matrix<N> in_place_or(const T* from, int64_t stride, int64_t count, int64_t n, N* room) {
+  using A = acc_t<N>;
+  if constexpr (std::is_same_v<T, N>) {
     if (n == padded<A>(n)) return {from, stride};
   }
   const int64_t row = padded<A>(n);

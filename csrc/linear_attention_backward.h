@@ -68,7 +68,7 @@ struct LinearBackward : LinearChunks<T> {
         const int64_t some = a.value_width - e < kWidth ? a.value_width - e : kWidth;
         sum += plain(load_some(o + e, some)) * pydl::load(to + e);
       }
-      r.rho.data()[i] = -sum_lanes(sum);
+      r.rho.data()[i] = -static_cast<A>(add_lanes(sum));
     }
   }
 

@@ -65,7 +65,7 @@ void feature_slope(Feature feature, const A* f, const A* d, int64_t n, T* to) {
       const int64_t some = n - i < kWidth ? n - i : kWidth;
       mean += load_some(f + i, some) * load_some(d + i, some);
     }
-    mean = spread(sum_lanes(mean));
+    mean = spread(static_cast<A>(add_lanes(mean)));
   }
   for (int64_t i = 0; i < n; i += kWidth) {
     const V y = load(f + i);
@@ -141,7 +141,7 @@ inline A dot(const A* x, const A* y, int64_t n) {
   constexpr int64_t kWidth = Register<A>::lanes;
   typename Register<A>::type sum = spread(A(0));
   for (int64_t i = 0; i < n; i += kWidth) sum += load(x + i) * load(y + i);
-  return sum_lanes(sum);
+  return static_cast<A>(add_lanes(sum));
 }
 // x = keep x + factor y, of padded rows.
 template <class A>
@@ -170,7 +170,7 @@ A settle(A* x, int64_t i, int64_t n, const Powers<A>& powers) {
     store(x + j, y);
     sum += y;
   }
-  return sum_lanes(sum);
+  return static_cast<A>(add_lanes(sum));
 }
 
 // Row i of what flows to the scores `s` (as settled), which is x + rho before they decay and is
@@ -194,7 +194,7 @@ double settle_slopes(const A* s, A* x, A rho, int64_t i, int64_t n, const Powers
     store(x + j, spread(A(0)));
     if (some > 0) store_some(x + j, y, some);
   }
-  return sum_lanes(sum);
+  return add_lanes(sum);
 }
 
 template <class T>

@@ -299,11 +299,9 @@ PYDL_HD vfloat meet_lanes(const Meet& meet, vfloat x) {
     return meet_lanes<kHalf / 2>(meet, meet(x, (vfloat)__builtin_shuffle(x, from)));
   }
 }
-PYDL_HD float sum_lanes(vfloat x) {
+PYDL_HD double add_lanes(vfloat x) {
   return meet_lanes<kLanes / 2>([](vfloat a, vfloat b) { return a + b; }, x)[0];
 }
-PYDL_HD double sum_lanes(double x) { return x; }
-PYDL_HD double add_lanes(vfloat x) { return sum_lanes(x); }
 PYDL_HD double add_lanes(vlow x) { return add_lanes(x.v); }
 PYDL_HD double add_lanes(double x) { return x; }
 PYDL_HD double lane(vfloat x, int64_t i) { return x[i]; }

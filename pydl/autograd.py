@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from pydl._native import C
+from pydl.backends import plain
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -143,19 +144,9 @@ def _many(dy: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor; imports nothing to find out."""
-    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
-
-
-def replicated(tensor: Tensor, like: Tensor) -> Tensor:
-    """A plain tensor, alike on all ranks, as a DTensor on the mesh of another."""
-    from pydl import shards
-
-    return shards.replicated(tensor, like)
+    return not plain(tensor) and hasattr(tensor, "device_mesh")
 
 
 def on_shards(rule: Rule, call: Callable[..., Any], *args: Any) -> Any:
@@ -292,7 +283,7 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
             if not whole:
                 return out
             return (*(out if outputs > 1 else (out,)), *(None for _ in range(rule.extras)))
-        if type(args[0]) not in _PLAIN and sharded(args[0]) and backend != "torch":
+        if sharded(args[0]) and backend != "torch":
             return on_shards(rule, partial(call, backend), *args)
         if torch.is_grad_enabled():
             for tensor in args[:n]:

@@ -195,7 +195,7 @@ if _cuda_built:
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def _ordinary(tensor: Tensor) -> bool:
+def _dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
@@ -228,7 +228,7 @@ def choose(
         return name
     # The usual call, of which a small tensor's takes a few microseconds, raises nothing below.
     own = first.is_cpu if name == "cpu" else name == "cuda" and first.is_cuda and _cuda_built
-    if own and dtypes is FLOATS and not others and first.dtype in FLOATS and _ordinary(first):
+    if own and dtypes is FLOATS and not others and first.dtype in FLOATS and _dense(first):
         return name
     reasons = []
     if missing := unavailable(name):
@@ -264,6 +264,23 @@ def below(op: str, like: Tensor, elements: int) -> bool:
     return (limits is None or elements < min(limits[1:])) and requested(None) is None
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def plain(tensor: Any) -> bool:
+    """Whether it is a tensor of torch's own type: neither of a subclass nor a DTensor."""
+    return type(tensor) in _PLAIN
+
+
+def ordinary(first: Tensor, *others: Tensor) -> bool:
+    """Whether all are plain and dense, of one dtype and on one device."""
+    for tensor in (first, *others):
+        same = tensor.dtype == first.dtype and tensor.device == first.device
+        if not (plain(tensor) and same and _dense(tensor)):
+            return False
+    return True
+
+
 def automatic(
     op: str, *tensors: Tensor, elements: int | None = None, dtype: torch.dtype | None = None
 ) -> str:
@@ -280,18 +297,15 @@ def automatic(
     size = first.numel() if elements is None else elements
     if size < (smallest_with_grad if grad else smallest):
         return "torch"
-    for tensor in tensors:
-        plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-        same = tensor.dtype == first.dtype and tensor.device == first.device
-        if not (plain and same and tensor.layout == torch.strided) or tensor.is_nested:
-            if not same or not hasattr(first, "device_mesh") or torch.compiler.is_compiling():
-                return "torch"
-            from pydl import shards
+    if ordinary(*tensors):
+        return backend
+    if not hasattr(first, "device_mesh") or torch.compiler.is_compiling():
+        return "torch"
+    from pydl import shards
 
-            n = shards.elements(tensors)
-            large = n is not None and n >= (smallest_with_grad if grad else smallest)
-            return backend if large else "torch"
-    return backend
+    n = shards.elements(tensors)
+    large = n is not None and n >= (smallest_with_grad if grad else smallest)
+    return backend if large else "torch"
 
 
 _compiled_empty_like: Callable[[Tensor], Tensor] = C.empty_like
@@ -299,7 +313,7 @@ _compiled_empty_like: Callable[[Tensor], Tensor] = C.empty_like
 
 def empty_like(like: Tensor) -> Tensor:
     """`torch.empty_like`, with the memory of a large CPU tensor taken from the pool."""
-    if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or not plain(like):
         return torch.empty_like(like)
     return _compiled_empty_like(like)
 

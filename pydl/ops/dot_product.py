@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydl import autograd
-from pydl.backends import FLOATS, choose, requested
+from pydl.backends import FLOATS, choose, ordinary, requested
 from pydl.ops import decoding
 from pydl.ops.attention import RULE, Settings, call
 from pydl.ops.bias_act import lowered
@@ -179,10 +179,8 @@ def seed_of(op: str, p: float, seed: Tensor | None, device: torch.device) -> Ten
     """What decides the dropout, if there is any; drawn where it is not given.
 
     Raises:
-        ValueError: `p` is not in [0, 1].
         RuntimeError: the seed is not of two int64 values on the device.
     """
-    check_rate(op, p)
     if seed is not None:
         right = isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.device == device
         if not right or tuple(seed.shape) != (2,):
@@ -194,8 +192,9 @@ def seed_of(op: str, p: float, seed: Tensor | None, device: torch.device) -> Ten
     return None if p == 0 else draw_seed(device) if seed is None else seed
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-MUCH = 16  # times a window, from which on the whole is much more
+def banded(length: int, pair: tuple[int, int]) -> bool:
+    """Whether a window leaves most of so many keys out."""
+    return min(pair) >= 0 and length >= 16 * (sum(pair) + 1)
 
 
 def instead(
@@ -207,13 +206,9 @@ def instead(
     first = given[0]
     if chosen != "torch" or requested(backend) is not None or first.device.type != "cpu":
         return chosen
-    same = all(
-        type(t) in _PLAIN and t.dtype == first.dtype and t.device == first.device for t in given
-    )
-    if not same or first.dtype not in FLOATS or first.layout != torch.strided:
+    if not ordinary(*given) or first.dtype not in FLOATS:
         return chosen
-    banded = min(pair) >= 0 and length >= MUCH * (sum(pair) + 1)
-    return "cpu" if banded or first.dtype != torch.float64 else chosen
+    return "cpu" if first.dtype != torch.float64 or banded(length, pair) else chosen
 
 
 def scaled_dot_product_attention(
@@ -272,8 +267,7 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     bottom = at_bottom(op, causal_alignment)
-    p, cap = float(dropout_p), softcap_of(op, softcap)
-    check_rate(op, p)
+    p, cap = check_rate(op, float(dropout_p)), softcap_of(op, softcap)
     if is_causal and attn_mask is not None:
         raise refusal(op, "attn_mask was given along with is_causal, wants one of them")
     left, right = window_of(op, window, is_causal)

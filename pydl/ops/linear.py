@@ -101,7 +101,11 @@ def _decay(op: str, decay: Any, q: Tensor, causal: bool) -> Tensor | None:
         if len(set(numbers)) == 1:
             return q.new_full((heads,), numbers[0], dtype=wide)
         decay = torch.tensor(numbers, dtype=wide, device=q.device)
-        return autograd.replicated(decay, q) if autograd.sharded(q) else decay
+        if not autograd.sharded(q):
+            return decay
+        from pydl import shards
+
+        return shards.replicated(decay, q)
     if decay.numel() == 1 and decay.dim() < 2:
         decay = decay.reshape(1).expand(heads)
     decay = _fits(op, "decay", decay, q, (heads,), (wide, q.dtype))

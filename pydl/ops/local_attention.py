@@ -10,8 +10,8 @@ from pydl.backends import choose
 from pydl.ops.attention import Settings, visible
 from pydl.ops.bias_act import lowered
 from pydl.ops.dot_product import (
-    MUCH,
     Folded,
+    banded,
     check,
     instead,
     refusal,
@@ -73,8 +73,7 @@ def local_attention(
         raise ValueError(f"pydl: {op}: dilation is {dilation!r}, wants a whole number above 0")
     if window_size is None:
         raise ValueError(f"pydl: {op}: the window is None, wants a total width or a pair")
-    p = float(dropout_p)
-    check_rate(op, p)
+    p = check_rate(op, float(dropout_p))
     if bias is not None:
         query, key, value, bias = lowered(query, key, value, bias)
     else:
@@ -87,8 +86,7 @@ def local_attention(
             "many keys as queries"
         )  # fmt: skip
     length, pair = key.shape[-2] // dilation, (left, right)
-    much = min(pair) >= 0 and length >= MUCH * (sum(pair) + 1)
-    if much or bias is not None or p > 0:
+    if banded(length, pair) or bias is not None or p > 0:
         chosen = instead(chosen, backend, length, pair, query, key, value)
     folded = Folded(op, query, key, value, True)
     q, k, v = folded.tensors

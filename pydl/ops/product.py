@@ -16,20 +16,28 @@ from torch import Tensor
 
 from pydl import autograd, calibration
 from pydl.autograd import Rule, wide
-from pydl.backends import MissingKernel, choose, empty, kernel, requested
+from pydl.backends import MissingKernel, choose, empty, kernel, plain, requested
 from pydl.ops.bias_act import lowered
 
 SHORT = 32  # rows below which a product reads its weight more than it computes
 
 
-def product(backend: str, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def _multiplied(
+    a: Tensor, b: Tensor, shape: Sequence[int], like: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """`a @ b`, plus `bias` of (N,), of (M, K) and (K, N), with a batch before or not, of one dtype,
-    fp32 at least."""
+    fp32 at least; in a shape and in a tensor's dtype. It is no view: it may be changed in place."""
+    out = empty(a, a.dtype, *shape)
+    rows = out if len(shape) == a.dim() else out.view(a.shape[0], b.shape[1])
+    kernel("cpu", "product")(rows, a, b, bias)
+    return out if out.dtype == like.dtype else out.to(like.dtype)
+
+
+def product(backend: str, a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of (M, K) and (K, N), with a batch before or not, of one dtype, fp32 at least."""
     if backend == "torch" or a.device.type != "cpu":
-        return a @ b if bias is None else a @ b + bias
-    out = empty(a, a.dtype, *a.shape[:-1], b.shape[-1])
-    kernel("cpu", "product")(out, a, b, None if bias is None else bias.contiguous())
-    return out
+        return a @ b
+    return _multiplied(a, b, (*a.shape[:-1], b.shape[-1]), a)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -38,26 +46,17 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
-def _product_of(a: Tensor, b: Tensor, shape: Sequence[int], like: Tensor, *bias: Any) -> Tensor:
-    """`a @ b` in a shape and in a tensor's dtype. What is returned is no view: it may be changed in
-    place."""
-    out = empty(a, a.dtype, *shape)
-    rows = out if len(shape) == 2 else out.view(a.shape[0], b.shape[1])
-    kernel("cpu", "product")(rows, a, b, *(bias or (None,)))
-    return out if out.dtype == like.dtype else out.to(like.dtype)
-
-
 def _forward(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, *layout: bool) -> Tensor:
     added = None if bias is None else wide(bias).contiguous()
     shape = (*x.shape[:-1], weight.shape[0])
-    return _product_of(_matrix(x), wide(weight).t(), shape, x, added)
+    return _multiplied(_matrix(x), wide(weight).t(), shape, x, added)
 
 
 def _gradient(columns: bool, a: Tensor, b: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
     """`a @ b`; as a matrix whose columns lie one after the other where `columns`."""
     if columns:
-        return _product_of(b.t(), a.t(), (b.shape[1], a.shape[0]), like).t()
-    return _product_of(a, b, shape, like)
+        return _multiplied(b.t(), a.t(), (b.shape[1], a.shape[0]), like).t()
+    return _multiplied(a, b, shape, like)
 
 
 def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
@@ -107,20 +106,20 @@ def projected(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None = Non
     return _linear(backend, x, weight, bias, columns_of_x, weight.stride() != (weight.shape[1], 1))
 
 
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1]) if x.dim() else 1
+
+
 def measured_as(op: str, x: Tensor) -> str:
     """What the call was measured as."""
-    rows = x.numel() // max(1, x.shape[-1]) if x.dim() else 1
-    return op if rows >= SHORT else f"{op}_short"
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    return op if _rows(x) >= SHORT else f"{op}_short"
 
 
 def _native(input: Any, weight: Any, bias: Any) -> bool:
     """Whether native PyTorch computes because nothing else may or is known to, told before any
     tensor is cast or looked at more closely."""
     for x in (input, weight, bias):
-        if type(x) not in _PLAIN and x is not None:
+        if not plain(x) and x is not None:
             return True  # torch says what is wrong, and subclasses what they do with linear
     if input.is_nested or input.layout != torch.strided:
         return True
@@ -135,8 +134,7 @@ def _native(input: Any, weight: Any, bias: Any) -> bool:
         others = [x for x in (weight, bias) if x is not None]
         if torch.compiler.is_exporting() or any(x.dtype != input.dtype for x in others):
             return True
-        rows = input.numel() // max(1, input.shape[-1]) if input.dim() else 1
-        if not statically_known_true(rows >= SHORT):
+        if not statically_known_true(_rows(input) >= SHORT):
             return True
         limits = calibration.limits(kind, "linear", dtype)
         return limits is None or not statically_known_true(input.numel() >= max(limits[1:]))
@@ -183,13 +181,13 @@ def linear(
     The order of summing, in parts of 256, is that of Goto and van de Geijn 2008, doi
     10.1145/1356052.1356053.
     """
-    if requested(backend) is None and _native(input, weight, bias):
+    asked = requested(backend)
+    if asked == "torch" or (asked is None and _native(input, weight, bias)):
         return F.linear(input, weight, bias)
-    tensors: Sequence[Tensor] = (input, weight) if bias is None else (input, weight, bias)
-    lower = tensors if requested(backend) == "torch" else lowered(*tensors)
-    # What compiles has been decided by now, without a guard on sizes.
-    sized = not torch.compiler.is_compiling() or requested(backend) is not None
-    chosen = choose("linear", backend, *lower, key=measured_as) if sized else "cpu"
+    lower = lowered(*((input, weight) if bias is None else (input, weight, bias)))
+    chosen = "cpu"  # what compiles has been decided by now, without a guard on sizes
+    if asked is not None or not torch.compiler.is_compiling():
+        chosen = choose("linear", backend, *lower, key=measured_as)
     if chosen == "torch":
         return F.linear(input, weight, bias)
     x, w, b = lower[0], lower[1], lower[2] if bias is not None else None
@@ -208,8 +206,6 @@ def linear(
 def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
     """`linear` within a module, by torch where the backend has kernels for other modules only, and
     where tensors are of types that know what linear does: DTensors, quantised ones."""
-    if requested(backend) in ("cuda", "triton") or not (
-        type(input) in _PLAIN and type(weight) in _PLAIN
-    ):
+    if requested(backend) in ("cuda", "triton") or not (plain(input) and plain(weight)):
         return F.linear(input, weight, bias)
     return linear(input, weight, bias, backend=backend)

@@ -23,6 +23,7 @@ from pydl.ops.dot_product import (
     softcap_of,
     window_of,
 )
+from pydl.ops.philox import check_rate
 
 
 def varlen_attention(
@@ -76,6 +77,7 @@ def varlen_attention(
     """
     op = "varlen_attention"
     bottom, cap = at_bottom(op, causal_alignment), softcap_of(op, softcap)
+    p = check_rate(op, float(dropout_p))
     left, right = window_of(op, window, is_causal)
     query, key, value = lowered(query, key, value)
     chosen = choose(op, backend, query, key, value)
@@ -103,7 +105,6 @@ def varlen_attention(
             )  # fmt: skip
     _check_offsets(op, cu_seq_q, q.shape[2], max_q)
     _check_offsets(op, cu_seq_k, k.shape[2], max_k)
-    p = float(dropout_p)
     starts_q, starts_k = cu_seq_q.long(), cu_seq_k.long()
     if cu_seq_k is cu_seq_q:  # torch.compile takes no tensor twice
         starts_k = starts_k.clone()
