@@ -24,6 +24,7 @@ void attention_fwd(Out out, Out lse, Out rest, View query, View key, View value,
   dispatch_float(kOp, query.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (kDots && std::is_same_v<T, bfloat16>) {
+      check_tiles();
       if (dot_mode && a.queries > AttentionForward<T>::kFew) {
         return AttentionForward<T, true>{a, o, l, r}.run();
       }
@@ -47,6 +48,7 @@ void attention_bwd(Out dquery, Out dkey, Out dvalue, Out dmask, Out drelative, O
   dispatch_float(kOp, query.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (kDots && std::is_same_v<T, bfloat16>) {
+      check_tiles();
       if (dot_mode) return AttentionBackward<T, true>{a, g}.run();
     }
     AttentionBackward<T>{a, g}.run();

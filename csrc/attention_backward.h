@@ -25,11 +25,10 @@ struct AttentionBackward {
   int64_t value_wide() const { return padded<A>(a.value_width); }
   int64_t key_tiles() const { return (a.keys + kKeyTile - 1) / kKeyTile; }
   int64_t window() const { return a.relative.sizes[3]; }
-  // Queries as terms of a product, to a register of pairs.
-  int64_t terms() const { return (a.queries + 2 * kWidth - 1) / (2 * kWidth) * (2 * kWidth); }
+  int64_t query_tiles() const { return (a.queries + kQueryTile - 1) / kQueryTile; }
 
   // A head's queries and upstream gradient as they are computed with: as rows, and for products of
-  // pairs with the queries as terms.
+  // pairs with the queries as terms, a tile after the other.
   struct Head {
     Buffer<N> q, dout, q_terms, d_terms, room;
     Buffer<A> delta, lse, rest;
@@ -37,9 +36,9 @@ struct AttentionBackward {
     explicit Head(const AttentionBackward& w)
         : q(w.a.queries * w.wide()),
           dout(w.a.queries * w.value_wide()),
-          q_terms(kDot ? w.wide() * w.terms() : 0),
-          d_terms(kDot ? w.value_wide() * w.terms() : 0),
-          room(kDot ? w.terms() * (w.wide() > w.value_wide() ? w.wide() : w.value_wide()) : 0),
+          q_terms(kDot ? w.wide() * w.query_tiles() * kQueryTile : 0),
+          d_terms(kDot ? w.value_wide() * w.query_tiles() * kQueryTile : 0),
+          room(kDot ? kQueryTile * (w.wide() > w.value_wide() ? w.wide() : w.value_wide()) : 0),
           delta(w.a.queries),
           lse(w.a.queries),
           rest(w.a.queries) {}
@@ -69,8 +68,13 @@ struct AttentionBackward {
         if (w.g.dlse.present()) delta.data()[i] -= number(w.g.dlse);
       }
       if constexpr (kDot) {
-        transpose_rows(q.data(), w.wide(), count, a.width, q_terms.data(), w.terms(), room.data());
-        transpose_rows(d.data, d.row, count, a.value_width, d_terms.data(), w.terms(), room.data());
+        for (int64_t i = 0; i < count; i += kQueryTile) {
+          const int64_t n = count - i < kQueryTile ? count - i : kQueryTile;
+          transpose_rows(q.data() + i * w.wide(), w.wide(), n, a.width,
+                         q_terms.data() + i * w.wide(), kQueryTile, room.data());
+          transpose_rows(d.data + i * d.row, d.row, n, a.value_width,
+                         d_terms.data() + i * w.value_wide(), kQueryTile, room.data());
+        }
       }
     }
   };
@@ -128,6 +132,7 @@ struct AttentionBackward {
     Buffer<A> parts(pieces > 1 ? pieces * all_rows * wide() : 0);
     Buffer<A> biases(biased ? pieces * a.batch * a.heads * window() : 0);
     parallel_for(groups * pieces, 1, [&](int64_t begin, int64_t end) {
+      const TileUse registers(kDot);
       Head head(*this);
       Keys keys(*this);
       Room room;
@@ -185,7 +190,9 @@ struct AttentionBackward {
       Seen part = tile.seen(rows, keys);
       if (part.rows.empty()) continue;
       if constexpr (kDot) {
-        part.columns = {part.columns.begin / kWidth * kWidth, padded<A>(part.columns.end)};
+        const int64_t grain = tile_mode ? kTileTerms : kWidth;
+        part.columns = {down(part.columns.begin, grain), up(part.columns.end, grain)};
+        if (tile_mode) part.rows.begin = down(part.rows.begin, kTileTerms);
       }
       slopes(tile, rows, keys, part, head, packed, room, true, bias);
       const int64_t r0 = part.rows.begin, c0 = part.columns.begin;
@@ -195,9 +202,12 @@ struct AttentionBackward {
       const int64_t i = rows.begin + r0;
       if constexpr (kDot) {
         pair_up(part, room);
-        multiply(a.value_width, columns, even(count), {head.d_terms.data() + i, terms(), 1},
+        const int64_t depth = up(count, F::term_grain());
+        const N* const d_terms = head.d_terms.data() + rows.begin * value_wide() + r0;
+        const N* const q_terms = head.q_terms.data() + rows.begin * wide() + r0;
+        multiply(a.value_width, columns, depth, {d_terms, kQueryTile, 1},
                  room.weight_pairs.data() + 2 * c0, 2 * kKeyTile, dv + c0, kKeyTile, true);
-        multiply(a.width, columns, even(count), {head.q_terms.data() + i, terms(), 1},
+        multiply(a.width, columns, depth, {q_terms, kQueryTile, 1},
                  room.slope_pairs.data() + 2 * c0, 2 * kKeyTile, dk + c0, kKeyTile, true);
         multiply(count, wide(), columns, {room.slope_rows.data() + c0, kKeyTile, 1},
                  packed.in_rows.data + c0 * wide(), 2 * wide(), dq + i * wide(), wide(), true);
@@ -227,6 +237,11 @@ struct AttentionBackward {
       const A *const w = room.weights.data() + at, *const ds = room.slopes.data() + at;
       side_by_side(w, two ? w + kKeyTile : nullptr, n, room.weight_pairs.data() + to + 2 * c0);
       side_by_side(ds, two ? ds + kKeyTile : nullptr, n, room.slope_pairs.data() + to + 2 * c0);
+    }
+    const int64_t count = part.rows.end - part.rows.begin;
+    for (int64_t r = even(count); r < up(count, F::term_grain()); r += 2) {
+      clear(room.weight_pairs.data() + r * kKeyTile + 2 * c0, 2 * n);
+      clear(room.slope_pairs.data() + r * kKeyTile + 2 * c0, 2 * n);
     }
   }
 
@@ -334,13 +349,14 @@ struct AttentionBackward {
   // for each part of the mask.
   void mask_gradient() const {
     const Quad& m = g.dmask;
-    const int64_t tiles = (a.queries + kQueryTile - 1) / kQueryTile;
+    const int64_t tiles = query_tiles();
     const bool by_queries = m.sizes[2] > 1, by_keys = !by_queries && m.sizes[3] > 1;
     const int64_t blocks = by_queries ? tiles : by_keys ? key_tiles() : 1;
     for (int64_t i = 0; i < m.sizes[0] * m.sizes[1] * m.sizes[2] * m.sizes[3]; ++i) {
       static_cast<A*>(m.data)[i] = 0;
     }
     parallel_for(m.sizes[0] * m.sizes[1] * blocks, 1, [&](int64_t begin, int64_t end) {
+      const TileUse registers(kDot);
       Head head(*this);
       Keys keys(*this);
       Room room;

@@ -40,7 +40,7 @@ struct AttentionForward {
     Buffer<A> scores, sums, most, total, factors;
     explicit Room(const Attention& a)
         : q(kQueryTile * padded<A>(a.width)),
-          weights(kDot ? kBlockRows<A> * kKeyTile + kWidth : 0),
+          weights(kDot ? F::kMostRows * kKeyTile + kWidth : 0),
           scores(kQueryTile * kKeyTile + kPanel<A>),
           sums(kQueryTile * padded<A>(a.value_width)),
           most(kQueryTile),
@@ -57,6 +57,7 @@ struct AttentionForward {
     const int64_t all = a.batch * a.heads * tiles;
     // A thread's tiles follow each other in a head, so that what is packed is used again.
     parallel_for(all, 1, [&](int64_t begin, int64_t end) {
+      const TileUse registers(kDot);
       Packed packed(a, converts());
       Room room(a);
       int64_t owner = -1;
@@ -94,6 +95,7 @@ struct AttentionForward {
     N* const to = packed.values.data() + kt * kKeyTile * row;
     if constexpr (kDot) {
       pack_rows(value(tile, keys.begin), a.v.strides[2], count, a.value_width, to, row);
+      clear(to + even(count) * row, (up(count, F::term_grain()) - even(count)) * row);
     } else {
       for (int64_t j = 0; j < count; ++j) {
         convert_row(value(tile, keys.begin + j), a.value_width, to + j * row, A(1));
@@ -157,13 +159,14 @@ struct AttentionForward {
     if (!converts()) {
       values = {reinterpret_cast<const N*>(value(tile, keys.begin)), a.v.strides[2]};
     }
-    for (int64_t first = part.rows.begin; first < part.rows.end; first += kBlockRows<A>) {
-      const int64_t last =
-          first + kBlockRows<A> < part.rows.end ? first + kBlockRows<A> : part.rows.end;
+    const int64_t block = F::block_rows();
+    for (int64_t first = down(part.rows.begin, F::row_grain()); first < part.rows.end;
+         first += block) {
+      const int64_t last = first + block < part.rows.end ? first + block : part.rows.end;
       const Range64 of_first = tile.row_keys(rows.begin + first, keys);
       Range64 span{of_first.begin, tile.row_keys(rows.begin + last - 1, keys).end};
       if (span.empty()) continue;
-      if constexpr (kDot) span = {span.begin / 2 * 2, even(span.end)};
+      span = {down(span.begin, F::term_grain()), up(span.end, F::term_grain())};
       for (int64_t r = first; r < last; ++r) {
         A* const x = room.scores.data() + r * kKeyTile;
         const Range64 own = tile.row_keys(rows.begin + r, keys);

@@ -16,6 +16,9 @@ constexpr int64_t kKeyTile = 128;
 template <class A>
 constexpr A kNothing = -std::numeric_limits<A>::infinity();
 
+constexpr int64_t down(int64_t n, int64_t grain) { return n / grain * grain; }
+constexpr int64_t up(int64_t n, int64_t grain) { return down(n + grain - 1, grain); }
+
 template <class A>
 inline void clear(A* x, int64_t n) {
   if (n > 0) std::memset(x, 0, static_cast<size_t>(n) * sizeof(A));
@@ -112,6 +115,11 @@ struct Tile {
       r0 = r0 < part.rows.begin ? part.rows.begin : r0;
       r1 = r1 > part.rows.end ? part.rows.end : r1;
       if (r0 >= r1) continue;
+      if constexpr (std::is_same_v<N, bfloat16>) {
+        const int64_t grain = tile_mode ? kTileRows : 1, all = queries.end - queries.begin;
+        r0 = down(r0, grain);
+        r1 = up(r1, grain) < all ? up(r1, grain) : all;
+      }
       multiply(r1 - r0, end - p, depth, from.from(r0, 0), panels + p * depth, kTerms<N> * kPanel<A>,
                to + r0 * kKeyTile + p, kKeyTile, false);
     }
@@ -188,6 +196,13 @@ struct Factors {
 
   // Terms of a product over n numbers.
   static int64_t depth(int64_t n) { return kDot ? even(n) : n; }
+  // What a product's terms are a multiple of, and its rows where that costs nothing: with tile
+  // registers more than is seen is computed, as zeros, so that it fills them.
+  static int64_t term_grain() { return !kDot ? 1 : tile_mode ? kTileTerms : 2; }
+  static int64_t row_grain() { return kDot && tile_mode ? kTileRows : 1; }
+  static int64_t block_rows() { return kDot && tile_mode ? kTileBlock : kBlockRows<A>; }
+  static constexpr int64_t kTileBlock = 2 * kTileRows;
+  static constexpr int64_t kMostRows = kDot ? kTileBlock : kBlockRows<A>;
   // What queries are scaled by before products, exactly in bf16, and scores after.
   static double before(double scale) {
     int exponent;

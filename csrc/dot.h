@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "tiles.h"
 #include "transpose.h"
 
 namespace pydl {
@@ -98,13 +99,52 @@ inline void dot_panels(int64_t rows, int64_t columns, int64_t depth, const bfloa
 
 // c (rows x columns) = a b, added to c where `add`. `depth` is even; a's terms follow each other;
 // b_row is from two terms of b to the next two, each register of which is padded, as c's rows.
+// Where there are tile registers, they take what fills them; the thread has set them up.
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<bfloat16>& a,
                      const bfloat16* b, int64_t b_row, float* c, int64_t c_row, bool add) {
-  if (dot_mode == 1) {
-    dot_panels<true>(rows, columns, depth, a.data, a.row, b, b_row, c, c_row, add);
-  } else {
-    dot_panels<false>(rows, columns, depth, a.data, a.row, b, b_row, c, c_row, add);
+  const auto dots = dot_mode == 1 ? &dot_panels<true> : &dot_panels<false>;
+  const int64_t full_rows = rows / kTileRows * kTileRows;
+  const int64_t full_depth = depth / kTileTerms * kTileTerms;
+  if (!tile_mode || full_rows == 0 || full_depth == 0) {
+    return dots(rows, columns, depth, a.data, a.row, b, b_row, c, c_row, add);
   }
+  const auto tiles = tile_mode == 1 ? &tile_products<Tiles> : &tile_products<StandInTiles>;
+  tiles(full_rows, columns, full_depth, a.data, a.row, b, b_row, c, c_row, add);
+  if (full_depth < depth) {
+    dots(full_rows, columns, depth - full_depth, a.data + full_depth, a.row,
+         b + full_depth / 2 * b_row, b_row, c, c_row, true);
+  }
+  if (full_rows < rows) {
+    dots(rows - full_rows, columns, depth, a.data + full_rows * a.row, a.row, b, b_row,
+         c + full_rows * c_row, c_row, add);
+  }
+}
+
+// Compares the processor's tile registers with the other products once, on numbers that leave no
+// rounding, and does without them where they differ.
+inline void check_tiles() {
+  static const bool done = [] {
+    constexpr int64_t kRows = 3 * kTileRows, kDepth = 2 * kTileTerms, kColumns = 3 * kTileColumns;
+    bfloat16 a[kRows * kDepth], b[kDepth * kColumns];
+    float c[2][kRows * kColumns];
+    const auto whole = [](int64_t i) {
+      return bfloat16{static_cast<uint16_t>(float_bits(static_cast<float>(i % 13 - 6)) >> 16)};
+    };
+    for (int64_t i = 0; i < kRows * kDepth; ++i) a[i] = whole(i * i);
+    for (int64_t i = 0; i < kDepth * kColumns; ++i) b[i] = whole(i * 5 + i / 7);
+    const TileUse registers(true);
+    const int modes[] = {tile_mode, 0};
+    for (const int mode : modes) {
+      tile_mode = mode;
+      for (const bool add : {false, true}) {
+        multiply(kRows, kColumns, kDepth, {a, kDepth, 1}, b, 2 * kColumns, c[mode == 0], kColumns,
+                 add);
+      }
+    }
+    tile_mode = std::memcmp(c[0], c[1], sizeof c[0]) == 0 ? modes[0] : 0;
+    return true;
+  }();
+  static_cast<void>(done);
 }
 
 // Numbers rounded to bf16, to the end of a register.
@@ -180,6 +220,10 @@ inline void transpose_rows(const bfloat16* from, int64_t stride, int64_t count, 
   transpose<float>(reinterpret_cast<const float*>(room), wide, even(count) / 2, n,
                    reinterpret_cast<float*>(to), to_row / 2);
 }
+
+#else
+
+inline void check_tiles() {}
 
 #endif
 

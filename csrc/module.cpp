@@ -20,6 +20,10 @@
 #endif
 
 #include <structmember.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdarg>
 #include <cstdio>
@@ -50,6 +54,18 @@ static bool own_dots() {
 #endif
 }
 int dot_mode = own_dots() ? 1 : 0;
+
+// Whether the processor has AMX-BF16 and Linux lets this process use its tile registers.
+static bool own_tiles() {
+#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int64_t kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return own_dots() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+int tile_mode = own_tiles() ? 1 : 0;
 
 static Entry*& first_entry() {
   static Entry* first = nullptr;
@@ -531,6 +547,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     std::swap(dot_mode, mode);
     return mode;
   });
+  m.def("set_tile_mode", [](int mode) {
+    if (mode == 1 && !own_tiles()) throw std::runtime_error("pydl: no AMX-BF16 on this machine");
+    std::swap(tile_mode, mode);
+    return mode;
+  });
+  m.def(
+      "bf16_products",
+      [] {
+        const bool pairs = dot_mode == 1 && chosen_level() == 2;
+        return std::string(!pairs ? "fp32" : tile_mode == 1 ? "AMX-BF16" : "AVX512-BF16");
+      },
+      "The instructions that multiply bf16 numbers.");
   m.def("set_stream_bytes", [](int64_t bytes) {
     std::swap(stream_bytes, bytes);
     return bytes;

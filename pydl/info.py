@@ -60,7 +60,8 @@ def _devices() -> Section:
     level, machine = C.cpu_level(), C.machine_level()
     less = "" if level == machine else f" (PYDL_CPU_LEVEL; the machine has {machine})"
     found = {
-        "cpu": f"{processor.name()}, {torch.get_num_threads()} threads, kernels for {level}{less}"
+        "cpu": f"{processor.name()}, {torch.get_num_threads()} threads, kernels for {level}{less}, "
+        f"bf16 attention in {C.bf16_products()}"
     }
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)

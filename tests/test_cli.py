@@ -23,7 +23,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     """Versions, devices and every backend; the same as JSON."""
     status, text, _ = _run(capsys, "info")
     assert status == 0
-    for word in (torch.__version__, "kernels for", "pool", "reference", "cpu", "cuda", "triton"):
+    words = (torch.__version__, "kernels for", "bf16", "pool", "reference", "cpu", "cuda", "triton")
+    for word in words:
         assert word in text
     status, out, _ = _run(capsys, "info", "--json")
     found = json.loads(out)

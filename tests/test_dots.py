@@ -1,7 +1,11 @@
-"""bf16 attention on the CPU by products of pairs: the processor's own, and what stands for them."""
+"""bf16 attention on the CPU by products of pairs and of tile registers: the processor's own, and
+what stands for them."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,26 +20,33 @@ from pydl.table import TABLE
 from tests import harness
 
 BF16 = torch.bfloat16
-# The processor's own instruction, and others in its place.
-OWN, OTHERS = 1, 2
-HAS = "avx512_bf16" in (processor.fact("flags") or "").split()
+# The processor's own instruction, and others in its place; the same for tile registers.
+OWN, OTHERS, TILES, OTHER_TILES = "own", "others", "tiles", "other tiles"
+MODES = {OWN: (1, 0), OTHERS: (2, 0), TILES: (1, 1), OTHER_TILES: (2, 2)}
+FLAGS = (processor.fact("flags") or "").split()
+HAS = "avx512_bf16" in FLAGS
 pytestmark = pytest.mark.skipif(C.cpu_level() != "avx512", reason="pairs need AVX-512")
 
 
 @contextmanager
-def mode(number: int) -> Iterator[None]:
-    if number == OWN and not HAS:
+def mode(name: str | None) -> Iterator[None]:
+    """Products of bf16 by this; None: by fp32's."""
+    if name in (OWN, TILES) and not HAS:
         pytest.skip("this processor has no VDPBF16PS")
-    before = C.set_dot_mode(number)
+    if name == TILES and "amx_bf16" not in FLAGS:
+        pytest.skip("this processor has no AMX-BF16")
+    dots, tiles = MODES[name] if name else (0, 0)
+    before = C.set_dot_mode(dots), C.set_tile_mode(tiles)
     try:
         yield
     finally:
-        C.set_dot_mode(before)
+        C.set_dot_mode(before[0])
+        C.set_tile_mode(before[1])
 
 
-@pytest.mark.parametrize("number", [OWN, OTHERS])
+@pytest.mark.parametrize("number", MODES)
 @pytest.mark.parametrize("name", ["scaled_dot_product_attention", "local_attention"])
-def test_samples(name: str, number: int) -> None:
+def test_samples(name: str, number: str) -> None:
     """The table's, by the table's judge, whatever the threads."""
     op, complaints, differs = TABLE[name], [], 0
     threads = torch.get_num_threads()
@@ -48,7 +59,7 @@ def test_samples(name: str, number: int) -> None:
                 found.append(harness.run(harness.on(op, "cpu"), case, BF16, how))
             torch.set_num_threads(threads)
         assert all(map(harness.same_bits, *found)), case.label
-        with mode(0):
+        with mode(None):
             plain = harness.run(harness.on(op, "cpu"), case, BF16, how)
         differs += not all(map(harness.same_bits, found[0], plain))
         got = harness.compare(found[0], op, case, BF16, how)
@@ -65,10 +76,10 @@ def _both_ways(
     return [out, *torch.autograd.grad(out, leaves, dy.to(out.dtype))]
 
 
-@pytest.mark.parametrize("number", [OWN, OTHERS])
+@pytest.mark.parametrize("number", MODES)
 @pytest.mark.parametrize("scale", [None, 0.3, 2.0])
 @pytest.mark.parametrize("queries", [5, 96, 97, 301])
-def test_odd_sizes(queries: int, scale: float | None, number: int) -> None:
+def test_odd_sizes(queries: int, scale: float | None, number: str) -> None:
     """Widths and lengths that pairs and registers do not divide; windows that begin at odd keys."""
     draw = torch.Generator().manual_seed(queries)
     for width, value_width, window in ((17, 33, None), (64, 64, (3, 6)), (1, 1, (130, 0))):
@@ -79,7 +90,7 @@ def test_odd_sizes(queries: int, scale: float | None, number: int) -> None:
         options = {"scale": scale, "enable_gqa": True, "window": window}
         with mode(number):
             found = _both_ways("cpu", given, dy, options)
-        with mode(0):
+        with mode(None):
             plain = _both_ways("cpu", given, dy, options)
         wanted = _both_ways("reference", [t.detach().double() for t in given], dy, options)
         for one, other, want in zip(found, plain, wanted, strict=True):
@@ -87,19 +98,42 @@ def test_odd_sizes(queries: int, scale: float | None, number: int) -> None:
             assert error <= 2 * least + 0.004 * want.abs().max().item()
 
 
-def test_what_stands_for_it_is_the_same() -> None:
+@pytest.mark.parametrize("pair", [(OWN, OTHERS), (OWN, OTHER_TILES), (TILES, OTHER_TILES)])
+def test_what_stands_for_it_is_the_same(pair: tuple[str, str]) -> None:
     """But for how the sums of two terms are rounded."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 200, 64, generator=draw).to(BF16) for _ in range(3))
     found = []
-    for number in (OWN, OTHERS):
+    for number in pair:
         with mode(number):
             found.append(F.scaled_dot_product_attention(q, k, v, backend="cpu").float())
     torch.testing.assert_close(*found, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump shows the code")
+def test_tile_instructions() -> None:
+    """A sum is of its row of left registers and its column of right ones; each is loaded."""
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", C.__file__],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    dots = set(re.findall(r"tdpbf16ps %tmm(\d),%tmm(\d),%tmm(\d)", text))
+    wide = {(str(6 + j), str(4 + i), str(2 * i + j)) for i in range(2) for j in range(2)}
+    tall = {("6", str(4 + i), str(i)) for i in range(2)}
+    assert dots == wide | tall
+    assert set(re.findall(r"tileloadd .*%tmm(\d)", text)) == set("01234567")
+    assert set(re.findall(r"tilestored %tmm(\d)", text)) == set("0123")
 
 
 def test_an_instruction_that_is_missing() -> None:
     if HAS:
         pytest.skip("this processor has VDPBF16PS")
     with pytest.raises(RuntimeError, match="no VDPBF16PS"):
-        C.set_dot_mode(OWN)
+        C.set_dot_mode(1)
+
+
+def test_registers_that_are_missing() -> None:
+    if "amx_bf16" in FLAGS:
+        pytest.skip("this processor has AMX-BF16")
+    with pytest.raises(RuntimeError, match="no AMX-BF16"):
+        C.set_tile_mode(1)
