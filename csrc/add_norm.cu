@@ -22,25 +22,26 @@ PYDL_DEVICE void store_pack(R* to, const Pack<R, kPack>& pack) {
   }
 }
 
-template <class T, class R, int kRowThreads, int kItems>
+template <class T, class R, int kRowThreads, int kItems, bool kCluster>
 __global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads, 1)
     add_norm_fwd_kernel(T* y, R* sum, float* mean, float* rstd, const T* x, const R* residual,
-                        Weights weight, Weights bias, Dropout given, Norm norm) {
+                        Weights weight, Weights bias, Dropout given, Norm norm, int64_t part) {
   constexpr int kPack = 16 / sizeof(T);
   using H = Row<R, kRowThreads, kItems, kPack>;
-  __shared__ double shared[2 * kWarp];
+  PYDL_DYNAMIC_SHARED(double, shared);
+  RowSums<kRowThreads, kCluster> sum_up(shared);
   const Dropout dropout = given;
-  for (int64_t r = static_cast<int64_t>(blockIdx.x) * H::kRowsPerBlock + threadIdx.y; r < norm.rows;
-       r += static_cast<int64_t>(gridDim.x) * H::kRowsPerBlock) {
-    const int64_t start = r * norm.n;
+  const Share<H, kCluster> share(norm.n, part);
+  for (int64_t r = share.row; r < norm.rows; r += share.rows_at_once) {
+    const int64_t start = r * norm.n + share.first;
     Row<T, kRowThreads, kItems> added;
     H row;
-    added.load(x + start, norm.n);
-    row.load(residual + start, norm.n);
+    added.load(x + start, share.own);
+    row.load(residual + start, share.own);
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
       const int64_t at = H::at(item);
-      if (at >= norm.n) continue;
+      if (at >= share.own) continue;
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
         float value = to_float(added.packs[item].values[j]);
@@ -50,10 +51,11 @@ __global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads, 1)
       }
       store_pack(sum + start + at, row.packs[item]);
     }
-    const auto each = [&](const auto& body) { row.each(norm.n, body); };
-    const auto m = find_moments<kRowThreads>(each, mean, rstd, r, norm, shared);
-    write_normalised(y + start, row, m, weight, bias, norm.n);
+    const auto each = [&](const auto& body) { row.each(share.own, body); };
+    const auto m = find_moments(each, mean, rstd, r, norm, sum_up);
+    write_normalised(y + start, row, m, weight, bias, share);
   }
+  if constexpr (kCluster) cluster_sync();  // others may still read this block's sums
 }
 
 // What flows back: dy to y, and dsum to the sum, or null; dresidual is null where it is dinput.
@@ -65,25 +67,26 @@ struct Flow {
   const R *dsum, *sum;
 };
 
-// partials: (pieces, 2, n), or null. A row of threads takes a piece of the rows.
-template <class T, class R, int kRowThreads, int kItems>
+// partials: (pieces, 2, n), or null. A row of threads, or a cluster, takes a piece of the rows.
+template <class T, class R, int kRowThreads, int kItems, bool kCluster>
 __global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads)
     add_norm_bwd_kernel(Flow<T, R> flow, double* partials, const float* mean, const float* rstd,
-                        Weights weight, Dropout given, Norm norm, int64_t pieces) {
+                        Weights weight, Dropout given, Norm norm, int64_t pieces, int64_t part) {
   constexpr int kPack = 16 / sizeof(T);
   using H = Row<R, kRowThreads, kItems, kPack>;
-  __shared__ double shared[2 * kWarp];
-  const int64_t piece = static_cast<int64_t>(blockIdx.x) * H::kRowsPerBlock + threadIdx.y;
-  if (piece >= pieces) return;
+  PYDL_DYNAMIC_SHARED(double, shared);
+  RowSums<kRowThreads, kCluster> sum_up(shared);
+  const Share<H, kCluster> share(norm.n, part);
+  if (share.row >= pieces) return;
   const Dropout dropout = given;
-  const Range range = Pieces::share(norm.rows, pieces, piece);
+  const Range range = Pieces::share(norm.rows, pieces, share.row);
   float dweight[kItems][kPack] = {}, dbias[kItems][kPack] = {};
   for (int64_t r = range.begin; r < range.end; ++r) {
-    const int64_t start = r * norm.n;
+    const int64_t start = r * norm.n + share.first;
     H row;
     Row<T, kRowThreads, kItems> upstream;
-    row.load(flow.sum + start, norm.n);
-    upstream.load(flow.dy + start, norm.n);
+    row.load(flow.sum + start, share.own);
+    upstream.load(flow.dy + start, share.own);
     const auto emit = [&](int64_t at, float (&dh)[kPack]) {
       if (flow.dsum != nullptr) {
         const auto more = *reinterpret_cast<const Pack<R, kPack>*>(flow.dsum + start + at);
@@ -96,18 +99,17 @@ __global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads)
         for (int j = 0; j < kPack; ++j) out.values[j] = from_float<R>(dh[j]);
         store_pack(flow.dresidual + start + at, out);
       }
-      Pack<T, kPack> out;
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
         if (dropout.threshold > 0) dh[j] *= keep<float>(dropout, start + at + j);
-        out.values[j] = from_float<T>(dh[j]);
       }
-      store(flow.dinput + start + at, out);
+      store_rounded(flow.dinput + start + at, dh);
     };
-    normalise_backward<kRowThreads>(upstream, row, norm.centred ? mean[r] : 0, rstd[r], weight,
-                                    norm, shared, dweight, dbias, emit);
+    normalise_backward(upstream, row, norm.centred ? mean[r] : 0, rstd[r], weight, norm, share,
+                       sum_up, dweight, dbias, emit);
   }
-  write_sums<H>(partials, piece, dweight, dbias, norm.n);
+  write_sums<H>(partials, share.row, dweight, dbias, norm.n, share);
+  if constexpr (kCluster) cluster_sync();
 }
 
 // Rows of any length at any address, and fp64: a block a row, the sum written and read again, each
@@ -188,14 +190,15 @@ void forward(Stream stream, const char* op, const Out& y, const Out& sum, const 
     A* means = mean != nullptr ? static_cast<A*>(mean->data) : nullptr;
     A* scales = static_cast<A*>(rstd.data);
     if constexpr (sizeof(T) <= 4) {
-      const auto launch = [&](auto row) {
+      constexpr bool kSame = sizeof(T) == sizeof(R);
+      const auto launch = [&](auto row, auto clusters, const Cluster& cluster) {
         using H = decltype(row);
-        const auto kernel = &add_norm_fwd_kernel<T, R, H::kThreadsOf, H::kItemsOf>;
-        PYDL_LAUNCH(kernel, blocks_of<H>(norm.rows), dim3(H::kThreadsOf, H::kRowsPerBlock), 0,
-                    stream, to, added, means, scales, from, other, w, b, dropout, norm);
+        return launch_rows<H, clusters>(
+            stream, &add_norm_fwd_kernel<T, R, H::kThreadsOf, H::kItemsOf, clusters>, norm.rows,
+            cluster, to, added, means, scales, from, other, w, b, dropout, norm);
       };
-      if (packs<T, R>(norm.n, {to, from}, {added, other}) && w.packs() && b.packs() &&
-          with_row<T, R, sizeof(T) == sizeof(R) ? 512 : 256>(norm.n, launch)) {
+      if (packs<T, R>(norm.n, {to, from}, {added, other}) && w.packs() && b.packs() && with_row < T,
+          R, kSame ? 512 : 256, Row < R, 512, kSame ? 8 : 4, 16 / sizeof(T) >> (norm.n, launch)) {
         return;
       }
     }
@@ -238,14 +241,15 @@ void backward(Stream stream, const char* op, const Out& dinput, const Out& dresi
       const A* scales = static_cast<const A*>(rstd.data);
       double* parts = sums ? static_cast<double*>(partials.data) : nullptr;
       if constexpr (sizeof(T) <= 4) {
-        const auto launch = [&](auto row) {
+        const auto launch = [&](auto row, auto clusters, const Cluster& cluster) {
           using H = decltype(row);
-          const auto kernel = &add_norm_bwd_kernel<T, R, H::kThreadsOf, H::kItemsOf>;
-          PYDL_LAUNCH(kernel, blocks_of<H>(pieces), dim3(H::kThreadsOf, H::kRowsPerBlock), 0,
-                      stream, flow, parts, means, scales, w, dropout, norm, pieces);
+          return launch_rows<H, clusters>(
+              stream, &add_norm_bwd_kernel<T, R, H::kThreadsOf, H::kItemsOf, clusters>, pieces,
+              cluster, flow, parts, means, scales, w, dropout, norm, pieces);
         };
         if (packs<T, R>(norm.n, {flow.dinput, flow.dy}, {flow.dresidual, flow.dsum, flow.sum}) &&
-            w.packs() && with_row<T, R, 0>(norm.n, launch)) {
+            w.packs() &&
+            with_row<T, R, 0, Row<R, 512, sizeof(T), 16 / sizeof(T)>>(norm.n, launch)) {
           return;
         }
       }

@@ -1,54 +1,55 @@
-// CUDA: layer_norm and rms_norm. One read of x and one write of y, the row in registers between;
-// backward one read of x and dy, one write of dx, and a partial row of dweight and dbias a block,
-// which a second launch adds in a fixed order.
+// CUDA: layer_norm and rms_norm. One read of x and one write of y, the row in registers between, of
+// several blocks where it is long; backward one read of x and dy, one write of dx, and a partial
+// row of dweight and dbias a block, which a second launch adds in a fixed order.
 #include "row_norm.cuh"
 
 namespace pydl {
 inline namespace PYDL_ISA {
 namespace {
 
-template <class T, int kRowThreads, int kItems>
-__global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads)
+template <class T, int kRowThreads, int kItems, bool kCluster>
+__global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads, 1)
     norm_fwd_kernel(T* y, float* mean, float* rstd, const T* x, Weights weight, Weights bias,
-                    Norm norm) {
+                    Norm norm, int64_t part) {
   using R = Row<T, kRowThreads, kItems>;
-  __shared__ double shared[2 * kWarp];
-  for (int64_t r = static_cast<int64_t>(blockIdx.x) * R::kRowsPerBlock + threadIdx.y; r < norm.rows;
-       r += static_cast<int64_t>(gridDim.x) * R::kRowsPerBlock) {
+  PYDL_DYNAMIC_SHARED(double, shared);
+  RowSums<kRowThreads, kCluster> sum_up(shared);
+  const Share<R, kCluster> share(norm.n, part);
+  for (int64_t r = share.row; r < norm.rows; r += share.rows_at_once) {
+    const int64_t start = r * norm.n + share.first;
     R row;
-    row.load(x + r * norm.n, norm.n);
-    const auto each = [&](const auto& body) { row.each(norm.n, body); };
-    const auto m = find_moments<kRowThreads>(each, mean, rstd, r, norm, shared);
-    write_normalised(y + r * norm.n, row, m, weight, bias, norm.n);
+    row.load(x + start, share.own);
+    const auto each = [&](const auto& body) { row.each(share.own, body); };
+    const auto m = find_moments(each, mean, rstd, r, norm, sum_up);
+    write_normalised(y + start, row, m, weight, bias, share);
   }
+  if constexpr (kCluster) cluster_sync();  // others may still read this block's sums
 }
 
-// partials: (pieces, 2, n), or null. A row of threads takes a piece of the rows.
-template <class T, int kRowThreads, int kItems>
+// partials: (pieces, 2, n), or null. A row of threads, or a cluster, takes a piece of the rows.
+template <class T, int kRowThreads, int kItems, bool kCluster>
 __global__ void __launch_bounds__(kRowThreads == kWarp ? 256 : kRowThreads)
     norm_bwd_kernel(T* dx, double* partials, const T* dy, const T* x, const float* mean,
-                    const float* rstd, Weights weight, Norm norm, int64_t pieces) {
+                    const float* rstd, Weights weight, Norm norm, int64_t pieces, int64_t part) {
   using R = Row<T, kRowThreads, kItems>;
-  __shared__ double shared[2 * kWarp];
-  const int64_t piece = static_cast<int64_t>(blockIdx.x) * R::kRowsPerBlock + threadIdx.y;
-  if (piece >= pieces) return;
-  const Range range = Pieces::share(norm.rows, pieces, piece);
+  PYDL_DYNAMIC_SHARED(double, shared);
+  RowSums<kRowThreads, kCluster> sum_up(shared);
+  const Share<R, kCluster> share(norm.n, part);
+  if (share.row >= pieces) return;
+  const Range range = Pieces::share(norm.rows, pieces, share.row);
   float dweight[kItems][R::kPack] = {}, dbias[kItems][R::kPack] = {};
   for (int64_t r = range.begin; r < range.end; ++r) {
+    const int64_t start = r * norm.n + share.first;
     R row, upstream;
-    row.load(x + r * norm.n, norm.n);
-    upstream.load(dy + r * norm.n, norm.n);
-    normalise_backward<kRowThreads>(upstream, row, norm.centred ? mean[r] : 0, rstd[r], weight,
-                                    norm, shared, dweight, dbias,
-                                    [&](int64_t at, const float (&values)[R::kPack]) {
-                                      Pack<T, R::kPack> out;
-#pragma unroll
-                                      for (int j = 0; j < R::kPack; ++j)
-                                        out.values[j] = from_float<T>(values[j]);
-                                      store(dx + r * norm.n + at, out);
-                                    });
+    row.load(x + start, share.own);
+    upstream.load(dy + start, share.own);
+    normalise_backward(upstream, row, norm.centred ? mean[r] : 0, rstd[r], weight, norm, share,
+                       sum_up, dweight, dbias, [&](int64_t at, const float (&values)[R::kPack]) {
+                         store_rounded(dx + start + at, values);
+                       });
   }
-  write_sums<R>(partials, piece, dweight, dbias, norm.n);
+  write_sums<R>(partials, share.row, dweight, dbias, norm.n, share);
+  if constexpr (kCluster) cluster_sync();
 }
 
 // Rows of any length at any address, and fp64: a block a row.
@@ -84,25 +85,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T, int kRowThreads, int kItems>
-void launch_fwd(Stream stream, Row<T, kRowThreads, kItems>, T* y, float* mean, float* rstd,
-                const T* x, const Weights& weight, const Weights& bias, const Norm& norm) {
-  using R = Row<T, kRowThreads, kItems>;
-  const auto kernel = &norm_fwd_kernel<T, kRowThreads, kItems>;
-  PYDL_LAUNCH(kernel, blocks_of<R>(norm.rows), dim3(kRowThreads, R::kRowsPerBlock), 0, stream, y,
-              mean, rstd, x, weight, bias, norm);
-}
-
-template <class T, int kRowThreads, int kItems>
-void launch_bwd(Stream stream, Row<T, kRowThreads, kItems>, T* dx, double* partials, const T* dy,
-                const T* x, const float* mean, const float* rstd, const Weights& weight,
-                const Norm& norm, int64_t pieces) {
-  using R = Row<T, kRowThreads, kItems>;
-  const auto kernel = &norm_bwd_kernel<T, kRowThreads, kItems>;
-  PYDL_LAUNCH(kernel, blocks_of<R>(pieces), dim3(kRowThreads, R::kRowsPerBlock), 0, stream, dx,
-              partials, dy, x, mean, rstd, weight, norm, pieces);
-}
-
 void forward(Stream stream, const char* op, const Out& y, const Out* mean, const Out& rstd,
              const View& x, const Maybe& weight, const Maybe& bias, double eps) {
   const Rows rows = Rows::of(op, x, {&y}, {mean, &rstd});
@@ -118,9 +100,13 @@ void forward(Stream stream, const char* op, const Out& y, const Out* mean, const
     A* scales = static_cast<A*>(rstd.data);
     if constexpr (sizeof(T) <= 4) {
       if (norm.n % (16 / sizeof(T)) == 0 && aligned({to, from}) && w.packs() && b.packs() &&
-          with_row<T, T, 1024>(norm.n, [&](auto row) {
-            launch_fwd(stream, row, to, means, scales, from, w, b, norm);
-          })) {
+          with_row<T, T, 1024, Row<T, 1024, 4>>(
+              norm.n, [&](auto row, auto clusters, const Cluster& cluster) {
+                using R = decltype(row);
+                return launch_rows<R, clusters>(
+                    stream, &norm_fwd_kernel<T, R::kThreadsOf, R::kItemsOf, clusters>, norm.rows,
+                    cluster, to, means, scales, from, w, b, norm);
+              })) {
         return;
       }
     }
@@ -154,9 +140,13 @@ void backward(Stream stream, const char* op, const Out& dx, const Out& dweight, 
       double* parts = sums ? static_cast<double*>(partials.data) : nullptr;
       if constexpr (sizeof(T) <= 4) {
         if (norm.n % (16 / sizeof(T)) == 0 && aligned({to, upstream, from}) && w.packs() &&
-            with_row<T, T, 0>(norm.n, [&](auto row) {
-              launch_bwd(stream, row, to, parts, upstream, from, means, scales, w, norm, pieces);
-            })) {
+            with_row<T, T, 0, Row<T, 512, sizeof(T)>>(
+                norm.n, [&](auto row, auto clusters, const Cluster& cluster) {
+                  using R = decltype(row);
+                  return launch_rows<R, clusters>(
+                      stream, &norm_bwd_kernel<T, R::kThreadsOf, R::kItemsOf, clusters>, pieces,
+                      cluster, to, parts, upstream, from, means, scales, w, norm, pieces);
+                })) {
           return;
         }
       }

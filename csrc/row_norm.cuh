@@ -21,16 +21,16 @@ struct RowMoments {
 
 // For values whose sums or squares overflow fp32: the mean by fp64, deviations scaled down. A row
 // whose values are all alike has nothing left of them. each(body) calls body(value) for every
-// element of the thread.
-template <int kRowThreads, class Each>
-PYDL_DEVICE RowMoments<float> scaled_moments(const Each& each, const Norm& norm, double* shared) {
+// element of the thread; sum_up(values) adds over the row's threads.
+template <class Each, class Sums>
+PYDL_DEVICE RowMoments<float> scaled_moments(const Each& each, const Norm& norm, Sums& sum_up) {
   constexpr float kScale = 0x1p-80f;
   const float count = static_cast<float>(norm.n);
   float shift = 0;
   if (norm.centred) {
     double sum[1] = {0};
     each([&](float value) { sum[0] += value; });
-    sum_row<kRowThreads>(sum, shared);
+    sum_up(sum);
     // A division in fp64 would cost registers that the row needs.
     double inverse = 1 / count;
     inverse *= 2 - static_cast<double>(norm.n) * inverse;
@@ -42,7 +42,7 @@ PYDL_DEVICE RowMoments<float> scaled_moments(const Each& each, const Norm& norm,
     sums[0] += d;
     sums[1] += d * d;
   });
-  sum_row<kRowThreads>(sums, reinterpret_cast<float*>(shared));
+  sum_up(sums);
   const float rest = norm.centred ? sums[0] / count : 0;
   const float variance = sums[1] / count - rest * rest;
   const float scale =
@@ -50,16 +50,15 @@ PYDL_DEVICE RowMoments<float> scaled_moments(const Each& each, const Norm& norm,
   return {shift, rest / kScale, scale};
 }
 
-// Writes down what backward wants of them. each(body) as above; `of_block` serves a block's sums.
-template <int kRowThreads, class A, class Each>
+// Writes down what backward wants of them. each(body) and sum_up(values) as above.
+template <class A, class Each, class Sums>
 PYDL_DEVICE RowMoments<A> find_moments(const Each& each, A* mean, A* rstd, int64_t r,
-                                       const Norm& norm, double* of_block) {
-  A* const shared = reinterpret_cast<A*>(of_block);
+                                       const Norm& norm, Sums&& sum_up) {
   const A count = static_cast<A>(norm.n);
   A sum[1] = {0}, sums[2] = {0, 0};
   if (norm.centred) {
     each([&](A value) { sum[0] += value; });
-    sum_row<kRowThreads>(sum, shared);
+    sum_up(sum);
   }
   const A shift = norm.centred ? sum[0] / count : 0;
   each([&](A value) {
@@ -67,13 +66,13 @@ PYDL_DEVICE RowMoments<A> find_moments(const Each& each, A* mean, A* rstd, int64
     sums[0] += d;
     sums[1] += d * d;
   });
-  sum_row<kRowThreads>(sums, shared);
+  sum_up(sums);
   const A rest = norm.centred ? sums[0] / count : 0;
   const A variance = sums[1] / count - rest * rest;
   RowMoments<A> m{shift, rest,
                   A(1) / sqrt((variance < 0 ? A(0) : variance) + static_cast<A>(norm.eps))};
   if constexpr (sizeof(A) == 4) {
-    if (!isfinite(sums[1])) m = scaled_moments<kRowThreads>(each, norm, of_block);
+    if (!isfinite(sums[1])) m = scaled_moments(each, norm, sum_up);
   }
   if (threadIdx.x == 0) {
     if (norm.centred) mean[r] = m.shift + m.rest;
@@ -84,14 +83,15 @@ PYDL_DEVICE RowMoments<A> find_moments(const Each& each, A* mean, A* rstd, int64
 
 template <class T, class R>
 PYDL_DEVICE void write_normalised(T* y, const R& row, const RowMoments<float>& m,
-                                  const Weights& weight, const Weights& bias, int64_t n) {
+                                  const Weights& weight, const Weights& bias,
+                                  const Columns& columns) {
 #pragma unroll
   for (int item = 0; item < R::kItemsOf; ++item) {
     const int64_t at = R::at(item);
-    if (at >= n) continue;
+    if (at >= columns.own) continue;
     float w[R::kPack], b[R::kPack];
-    load_weights<R::kPack>(weight, at, 1, w);
-    load_weights<R::kPack>(bias, at, 0, b);
+    load_weights<R::kPack>(weight, columns.first + at, 1, w);
+    load_weights<R::kPack>(bias, columns.first + at, 0, b);
     Pack<T, R::kPack> out;
 #pragma unroll
     for (int j = 0; j < R::kPack; ++j) {
@@ -102,18 +102,19 @@ PYDL_DEVICE void write_normalised(T* y, const R& row, const RowMoments<float>& m
   }
 }
 
-// Calls emit(at, dx) for the packs of a row's gradient, in fp32; adds to dweight and dbias.
-template <int kRowThreads, class U, class R, class Emit>
+// Calls emit(at, dx) for the packs of these columns of a row's gradient, in fp32; adds to dweight
+// and dbias.
+template <class U, class R, class Sums, class Emit>
 PYDL_DEVICE void normalise_backward(const U& upstream, const R& row, float centre, float scale,
-                                    const Weights& weight, const Norm& norm, double* shared,
-                                    float (&dweight)[R::kItemsOf][R::kPack],
+                                    const Weights& weight, const Norm& norm, const Columns& columns,
+                                    Sums&& sum_up, float (&dweight)[R::kItemsOf][R::kPack],
                                     float (&dbias)[R::kItemsOf][R::kPack], const Emit& emit) {
   float sums[2] = {0, 0};
 #pragma unroll
   for (int item = 0; item < R::kItemsOf; ++item) {
-    if (R::at(item) >= norm.n) continue;
+    if (R::at(item) >= columns.own) continue;
     float w[R::kPack];
-    load_weights<R::kPack>(weight, R::at(item), 1, w);
+    load_weights<R::kPack>(weight, columns.first + R::at(item), 1, w);
 #pragma unroll
     for (int j = 0; j < R::kPack; ++j) {
       const float d = to_float(upstream.packs[item].values[j]);
@@ -127,16 +128,16 @@ PYDL_DEVICE void normalise_backward(const U& upstream, const R& row, float centr
   }
   // The threads' sums meet in fp64: where a row hardly varies, `scale` is large and g - c1 small.
   double totals[2] = {sums[0], sums[1]};
-  sum_row<kRowThreads>(totals, shared);
+  sum_up(totals);
   const double mean_g = norm.centred ? totals[0] / static_cast<double>(norm.n) : 0;
   const float c1 = static_cast<float>(mean_g), rest = static_cast<float>(mean_g - c1);
   const float c2 = static_cast<float>(totals[1] / static_cast<double>(norm.n));
 #pragma unroll
   for (int item = 0; item < R::kItemsOf; ++item) {
     const int64_t at = R::at(item);
-    if (at >= norm.n) continue;
+    if (at >= columns.own) continue;
     float w[R::kPack], dx[R::kPack];
-    load_weights<R::kPack>(weight, at, 1, w);
+    load_weights<R::kPack>(weight, columns.first + at, 1, w);
 #pragma unroll
     for (int j = 0; j < R::kPack; ++j) {
       const float d = to_float(upstream.packs[item].values[j]);
@@ -147,17 +148,26 @@ PYDL_DEVICE void normalise_backward(const U& upstream, const R& row, float centr
   }
 }
 
-// A piece's row of dweight and one of dbias.
+template <class T, int kPack>
+PYDL_DEVICE void store_rounded(T* to, const float (&values)[kPack]) {
+  Pack<T, kPack> out;
+#pragma unroll
+  for (int j = 0; j < kPack; ++j) out.values[j] = from_float<T>(values[j]);
+  store(to, out);
+}
+
+// These columns of a piece's row of dweight and of its row of dbias.
 template <class R>
 PYDL_DEVICE void write_sums(double* partials, int64_t piece,
                             const float (&dweight)[R::kItemsOf][R::kPack],
-                            const float (&dbias)[R::kItemsOf][R::kPack], int64_t n) {
+                            const float (&dbias)[R::kItemsOf][R::kPack], int64_t n,
+                            const Columns& columns) {
   if (partials == nullptr) return;
-  double* to = partials + piece * 2 * n;
+  double* to = partials + piece * 2 * n + columns.first;
 #pragma unroll
   for (int item = 0; item < R::kItemsOf; ++item) {
     const int64_t at = R::at(item);
-    if (at >= n) continue;
+    if (at >= columns.own) continue;
 #pragma unroll
     for (int j = 0; j < R::kPack; ++j) {
       to[at + j] = dweight[item][j];
@@ -174,7 +184,8 @@ PYDL_DEVICE void normalise_any(T* y, const R* row, A* mean, A* rstd, int64_t r,
   const auto each = [&](const auto& body) {
     for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) body(to_float(row[i]));
   };
-  const RowMoments<A> m = find_moments<kThreads>(each, mean, rstd, r, norm, of_block);
+  const RowMoments<A> m =
+      find_moments(each, mean, rstd, r, norm, RowSums<kThreads, false>(of_block));
   for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) {
     A out = ((to_float(row[i]) - m.shift) - m.rest) * m.scale;
     if (weight.data != nullptr) out *= load_weight<A>(weight, i);
@@ -214,16 +225,30 @@ PYDL_DEVICE void normalise_backward_any(const T* upstream, const R* row, A centr
   }
 }
 
-// Calls body(Row{}) for the least row of R that holds n elements in packs of 16 bytes of T; false
-// where none does. The longest rows take kLong threads where that is more than 256; backward,
-// which needs more registers, says 0.
-template <class T, class R, int kLong, class Body>
-bool with_row(int64_t n, const Body& body) {
+// Rows over a cluster of so many blocks, each with `part` columns in its registers.
+struct Cluster {
+  static constexpr int kMost = 8;
+  int blocks;
+  int64_t part;
+  // As few as hold n columns.
+  template <class R>
+  static Cluster of(int64_t n) {
+    const int64_t blocks = (n + R::kMost - 1) / R::kMost, packs = n / R::kPack;
+    return {static_cast<int>(blocks < kMost ? blocks : kMost + 1),
+            (packs + blocks - 1) / blocks * R::kPack};
+  }
+};
+
+// Launches a kernel over rows where Row{} and the cluster hold n columns in packs of 16 bytes of T:
+// launch(row, clusters or not, cluster) returns whether it did. The longest rows of one block take
+// kLong threads where that is more than 256; backward, which needs more registers, says 0. Rows
+// beyond are Clustered, in as many blocks as hold them.
+template <class T, class R, int kLong, class Clustered, class Launch>
+bool with_row(int64_t n, const Launch& launch) {
   constexpr int kPack = 16 / sizeof(T);
   const auto fits = [&](auto row) {
     if (n > decltype(row)::kMost) return false;
-    body(row);
-    return true;
+    return launch(row, std::false_type{}, Cluster{1, n});
   };
   if (fits(Row<R, 32, 1, kPack>{}) || fits(Row<R, 32, 2, kPack>{})) return true;
   if constexpr (kLong > 0) {
@@ -237,9 +262,10 @@ bool with_row(int64_t n, const Body& body) {
     if (fits(Row<R, 256, 8, kPack>{})) return true;
   }
   if constexpr (kLong > 256) {
-    return fits(Row<R, kLong, 4096 / kLong, kPack>{});
+    if (fits(Row<R, kLong, 4096 / kLong, kPack>{})) return true;
   }
-  return false;
+  const Cluster cluster = Cluster::of<Clustered>(n);
+  return cluster.blocks <= Cluster::kMost && launch(Clustered{}, std::true_type{}, cluster);
 }
 
 inline bool aligned(std::initializer_list<const void*> pointers, uintptr_t bytes = 16) {
@@ -249,10 +275,19 @@ inline bool aligned(std::initializer_list<const void*> pointers, uintptr_t bytes
   return true;
 }
 
-template <class R>
-dim3 blocks_of(int64_t rows) {
-  const int64_t blocks = (rows + R::kRowsPerBlock - 1) / R::kRowsPerBlock;
-  return dim3(static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20));
+// Starts kernel(args..., part) over `rows`, or pieces of them, of which a block takes kRowsPerBlock
+// at once, or a cluster one; false where the device has no such clusters.
+template <class R, bool kCluster, class Kernel, class... Args>
+bool launch_rows(Stream stream, Kernel kernel, int64_t rows, const Cluster& cluster,
+                 const Args&... args) {
+  constexpr size_t kShared = RowSums<R::kThreadsOf, kCluster>::kDoubles * sizeof(double);
+  const dim3 block(R::kThreadsOf, R::kRowsPerBlock);
+  if (kCluster && !clusters_fit(kernel, cluster.blocks, block, kShared)) return false;
+  const int64_t groups = (rows + R::kRowsPerBlock - 1) / R::kRowsPerBlock;
+  const int64_t blocks = (groups < (1 << 20) ? groups : 1 << 20) * cluster.blocks;
+  PYDL_LAUNCH_CLUSTERS(kernel, cluster.blocks, dim3(static_cast<unsigned>(blocks)), block, kShared,
+                       stream, args..., cluster.part);
+  return true;
 }
 
 inline void add_pieces(Stream stream, const Out& total, const Out& partials, int64_t which) {

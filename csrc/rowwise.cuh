@@ -34,6 +34,48 @@ PYDL_DEVICE void sum_row(A (&values)[kCount], A* shared) {
   }
 }
 
+// The same as something to call: over the threads of a row, which `of_block` serves, or over the
+// blocks of a cluster too, each of which has a part of the row.
+template <int kRowThreads, bool kCluster>
+class RowSums {
+ public:
+  static constexpr int kDoubles = 2 * kWarp + (kCluster ? 4 : 0);
+  // of_block: kDoubles numbers of shared memory, dynamic for a cluster.
+  PYDL_DEVICE explicit RowSums(double* of_block) : shared_(of_block), turn_(0) {}
+
+  template <int kCount, class A>
+  PYDL_DEVICE void operator()(A (&values)[kCount]) {
+    static_assert(kCount <= 2);
+    sum_row<kRowThreads>(values, reinterpret_cast<A*>(shared_));
+    if constexpr (kCluster) add_blocks(values);
+  }
+
+ private:
+  template <int kCount, class A>
+  PYDL_DEVICE void add_blocks(A (&values)[kCount]) {
+    const int blocks = cluster_size();
+    if (blocks == 1) return;
+    // Two places in turn: who writes one again has met all blocks since they read it.
+    double* const mine = shared_ + 2 * kWarp + 2 * turn_;
+    turn_ ^= 1;
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) mine[k] = values[k];
+    }
+    cluster_sync();
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      double total = 0;
+#pragma unroll 1
+      for (int b = 0; b < blocks; ++b) total += cluster_load(mine + k, b);
+      values[k] = static_cast<A>(total);
+    }
+  }
+
+  double* shared_;
+  int turn_;
+};
+
 // A weight or bias of any dtype; data is null where absent.
 struct Weights {
   const void* data;
@@ -81,6 +123,29 @@ PYDL_DEVICE void load_weights(const Weights& w, int64_t i, float absent, float (
     load_packed<float16, kPack>(w, i, out);
   }
 }
+
+// `own` columns of a row from `first` on.
+struct Columns {
+  int64_t first, own;
+};
+
+// The part of its rows that a block has: all columns of some of them, or, in a cluster, `part`
+// columns, of which the last block may have fewer.
+template <class R, bool kCluster>
+struct Share : Columns {
+  int64_t row, rows_at_once;
+  PYDL_DEVICE Share(int64_t n, int64_t part)
+      : Columns{0, n},
+        row(static_cast<int64_t>(blockIdx.x) * R::kRowsPerBlock + threadIdx.y),
+        rows_at_once(static_cast<int64_t>(gridDim.x) * R::kRowsPerBlock) {
+    if constexpr (kCluster) {
+      first = cluster_rank() * part;
+      own = n - first < part ? n - first : part;
+      row = blockIdx.x / cluster_size();
+      rows_at_once = gridDim.x / cluster_size();
+    }
+  }
+};
 
 // A row as packs: thread t of a row has elements (item * kRowThreads + t) * kPack and the next few.
 template <class T, int kRowThreads, int kItems, int kPackOf = 16 / sizeof(T)>

@@ -31,6 +31,32 @@ def test_a_large_mean(name: str, backend: str) -> None:
     assert not complaints, harness.summary(complaints)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [16_392, 40_968])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm"])
+def test_rows_of_several_blocks(name: str, n: int, dtype: torch.dtype) -> None:
+    """Rows that a cluster of blocks shares on a GPU, the last of which has a smaller part."""
+    if why := harness.missing("cuda"):
+        pytest.skip(why)
+    op, make = TABLE[name], Make(dtype, harness.device("cuda"), f"{name} {n}")
+    more = (make(3, n),) if name == "add_layer_norm" else ()
+    case = Case(name, (make(3, n), *more, (n,), make(n)))
+    got = harness.run(harness.on(op, "cuda"), case, dtype)
+    complaints = harness.compare(got, op, case, dtype)
+    assert not complaints, harness.summary(complaints)
+    again = harness.run(harness.on(op, "cuda"), case, dtype)
+    assert all(map(harness.same_bits, got, again))
+
+    if more and dtype is torch.bfloat16:
+        return  # the sum is rounded, which fp64 would not show
+    # Squares overflow fp32, where torch has no number to be judged by.
+    x, *more = (t * 2.0**90 for t in (case.args[0], *more))
+    out = harness.on(op, "cuda")(x, *more, (n,))
+    wanted = op.reference(x.double(), *(t.double() for t in more), (n,))
+    for one, want in zip(*((o if more else (o,)) for o in (out, wanted)), strict=True):
+        torch.testing.assert_close(one, want.to(dtype))
+
+
 @pytest.mark.parametrize("count", [65_536, 70_001])
 def test_many_rows(count: int) -> None:
     """More rows than a grid's second dimension has blocks."""

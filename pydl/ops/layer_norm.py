@@ -62,7 +62,8 @@ def sums(x2: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]) ->
         wanted = weight is not None and need
         dtype = weight.dtype if weight is not None else torch.float32
         found.append(empty(x2, dtype, n if wanted else 0))
-    most = (2112 if n <= 512 else 528) if x2.is_cuda else 32
+    # Of long rows, which several blocks share, fewer: their sums are long too.
+    most = (2112 if n <= 512 else min(528, 528 * 4096 // n)) if x2.is_cuda else 32
     pieces = max(1, min(most, rows // 4)) if any(f.numel() for f in found) else 0
     found.append(empty(x2, torch.float64, pieces, 2, n))
     return found

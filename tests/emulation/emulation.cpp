@@ -1,4 +1,5 @@
-// The barriers and warp steps behind emulation.h. One machine runs one block at a time.
+// The barriers and warp steps behind emulation.h. One machine runs one block at a time, or the
+// blocks of a cluster, as if they were one whose threads have barriers of their own.
 //
 // A worker is a fiber that runs threads one after another. A thread that waits keeps its worker,
 // and another worker goes on with the threads that have not started; so a kernel that never waits
@@ -20,12 +21,13 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-uint3 blockIdx;
 dim3 blockDim, gridDim;
 
 namespace pydl::emulation {
 
 Seat running;
+uint3 first_block;
+int cluster_blocks = 1, block_threads = 1;
 const Seat *next_seat, *last_seat;
 
 #if defined(PYDL_EMULATION_POISON)
@@ -35,7 +37,8 @@ extern __thread char shared_begin[64], shared_end[64];
 
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxBlock = 1024, kMaxCluster = 8, kMaxThreads = kMaxBlock * kMaxCluster;
+constexpr int kClusterBarrier = 4;  // the kinds before are a block's
 constexpr size_t kMaxShared = 227 * 1024;
 constexpr size_t kCanary = 256;  // bytes after the dynamic shared memory that nobody may change
 
@@ -65,7 +68,7 @@ struct Machine {
   std::exception_ptr error;
   bool unwinding = false;
 
-  int threads = 0, exited = 0;
+  int threads = 0, exited = 0, exited_of[kMaxCluster] = {};  // of all, and of each block
   // Until a thread of the block waits, next_thread starts one after the other and the seats tell
   // who has exited. From then on `waited` holds and the seats that are left are moved here.
   bool waited = false;
@@ -79,8 +82,9 @@ struct Machine {
   Seat all[kMaxThreads];
   Seat order[2 * kMaxThreads];  // the starting order, twice, so that it can begin anywhere
   Warp warps[kMaxThreads / 32];
-  int arrived[4] = {}, votes[4] = {};  // by kind of barrier
-  int barrier_result = 0;
+  // By kind of barrier and block; the cluster's is its first block's.
+  int arrived[kClusterBarrier + 1][kMaxCluster] = {}, votes[kClusterBarrier + 1][kMaxCluster] = {};
+  int barrier_result[kMaxCluster] = {};
 
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
@@ -107,7 +111,7 @@ struct Machine {
 Machine machine;
 
 const char* const kBarriers[] = {"__syncthreads", "__syncthreads_count", "__syncthreads_and",
-                                 "__syncthreads_or"};
+                                 "__syncthreads_or", "cluster_sync"};
 
 Fiber* next();
 
@@ -140,6 +144,7 @@ bool starts_next() {
 
 void exit_thread(int thread) {
   ++machine.exited;
+  ++machine.exited_of[thread / block_threads];
   machine.warps[thread / 32].exited |= 1u << (thread % 32);
 }
 
@@ -181,14 +186,26 @@ void make_ready(int thread) {
   machine.ready[machine.ready_count++] = static_cast<uint16_t>(thread);
 }
 
+// Whether all have come to the barrier that have not exited.
+bool met(int kind, int block) {
+  const Machine& m = machine;
+  if (kind == kClusterBarrier) return m.arrived[kind][0] + m.exited == m.threads;
+  return m.arrived[kind][block] + m.exited_of[block] == block_threads;
+}
+
 // Lets all go that wait at the barrier; the current thread is the last to come, or has exited.
-void finish_barrier(int kind) {
+void finish_barrier(int kind, int block) {
   Machine& m = machine;
-  m.barrier_result = m.votes[kind];
-  m.arrived[kind] = m.votes[kind] = 0;
+  const bool whole = kind == kClusterBarrier;
+  m.barrier_result[block] = m.votes[kind][block];
+  m.arrived[kind][block] = m.votes[kind][block] = 0;
   const Seat* from = m.order + m.random_below(m.threads);
-  for (int i = 0; i < m.threads; ++i)
-    if (m.fiber_of[from[i].thread] != nullptr) make_ready(from[i].thread);
+  for (int i = 0; i < m.threads; ++i) {
+    const int thread = from[i].thread;
+    if (m.fiber_of[thread] != nullptr && (whole || thread / block_threads == block)) {
+      make_ready(thread);
+    }
+  }
 }
 
 void finish_step(int warp_index, int open_index) {
@@ -215,8 +232,10 @@ bool complete(const Warp& warp, const Step& step) {
 std::string situation() {
   const Machine& m = machine;
   std::map<std::string, int> counts;
-  for (int kind = 0; kind < 4; ++kind)
-    counts[std::string("wait at ") + kBarriers[kind]] += m.arrived[kind];
+  for (int kind = 0; kind <= kClusterBarrier; ++kind) {
+    for (const int arrived : m.arrived[kind])
+      counts[std::string("wait at ") + kBarriers[kind]] += arrived;
+  }
   for (int w = 0; 32 * w < m.threads; ++w) {
     for (int i = 0; i < m.warps[w].open; ++i) {
       const Step& step = m.warps[w].steps[i];
@@ -275,7 +294,9 @@ void begin_block() {
     m.warps[w].exited = lanes == 32 ? 0u : ~0u << lanes;  // the lanes that do not exist
     m.warps[w].open = 0;
   }
-  for (int kind = 0; kind < 4; ++kind) m.arrived[kind] = m.votes[kind] = 0;
+  memset(m.arrived, 0, sizeof m.arrived);
+  memset(m.votes, 0, sizeof m.votes);
+  memset(m.exited_of, 0, sizeof m.exited_of);
 }
 
 // Unwinds the threads that wait, so that their stacks are free and clean, and raises.
@@ -295,8 +316,8 @@ void run_block() {
   switch_to(idle_fiber());
   if (m.error == nullptr && m.exited != m.threads) {
     try {
-      fail("block (%u, %u, %u): no thread can go on: of %d threads %s", blockIdx.x, blockIdx.y,
-           blockIdx.z, m.threads, situation().c_str());
+      fail("block (%u, %u, %u): no thread can go on: of %d threads %s", first_block.x,
+           first_block.y, first_block.z, m.threads, situation().c_str());
     } catch (...) {
       m.error = std::current_exception();
     }
@@ -304,16 +325,23 @@ void run_block() {
   if (m.error != nullptr) give_up(m.error);
 }
 
-void check(dim3 grid, dim3 block, size_t shared_bytes) {
+void check(int cluster, dim3 grid, dim3 block, size_t shared_bytes) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
       grid.z > 65535) {
     fail("launch: a grid of %u x %u x %u blocks; CUDA takes 1 to 2^31-1 x 65535 x 65535", grid.x,
          grid.y, grid.z);
   }
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 || threads > kMaxThreads) {
+  if (threads == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 || threads > kMaxBlock) {
     fail("launch: a block of %u x %u x %u threads; CUDA takes 1 to 1024 in all, z up to 64",
          block.x, block.y, block.z);
+  }
+  if (cluster < 1 || cluster > kMaxCluster || grid.x % static_cast<unsigned>(cluster) != 0 ||
+      (cluster > 1 && threads % 32 != 0)) {
+    fail(
+        "launch: clusters of %d blocks of %u threads in a grid of %u; CUDA takes 1 to %d blocks, "
+        "which divide the grid, and the emulation whole warps",
+        cluster, static_cast<unsigned>(threads), grid.x, kMaxCluster);
   }
   if (shared_bytes > kMaxShared) {
     fail("launch: %zu bytes of dynamic shared memory; the largest GPUs have %zu", shared_bytes,
@@ -321,44 +349,78 @@ void check(dim3 grid, dim3 block, size_t shared_bytes) {
   }
 }
 
+// Of a block of the cluster; a canary follows it.
+unsigned char* shared_of(int block) {
+  return machine.shared + static_cast<size_t>(block) * (kMaxShared + kCanary);
+}
+
 void set_shared(size_t bytes) {
   Machine& m = machine;
-  const size_t all = kMaxShared + kCanary;
   if (m.shared == nullptr) {
-    m.shared = static_cast<unsigned char*>(aligned_alloc(128, all));
+    m.shared =
+        static_cast<unsigned char*>(aligned_alloc(128, kMaxCluster * (kMaxShared + kCanary)));
     if (m.shared == nullptr) fail("emulation: no memory for shared memory");
   }
   m.shared_bytes = bytes;
+  for (int block = 0; block < cluster_blocks; ++block) {
+    unsigned char* const own = shared_of(block);
 #if defined(PYDL_EMULATION_ASAN)
-  ASAN_UNPOISON_MEMORY_REGION(m.shared, all);
-  ASAN_POISON_MEMORY_REGION(m.shared + bytes, all - bytes);
+    ASAN_UNPOISON_MEMORY_REGION(own, kMaxShared + kCanary);
+    ASAN_POISON_MEMORY_REGION(own + bytes, kMaxShared + kCanary - bytes);
 #else
-  memset(m.shared + bytes, 0xa5, kCanary);
+    memset(own + bytes, 0xa5, kCanary);
 #endif
+  }
 }
+
+#if defined(PYDL_EMULATION_POISON)
+// The arrays in shared memory of all kernels.
+std::pair<char*, size_t> static_shared() {
+  char* begin = shared_begin + sizeof shared_begin;
+  return {begin, begin < shared_end ? static_cast<size_t>(shared_end - begin) : 0};
+}
+#endif
 
 // A float or double made of 0xff bytes is a NaN.
 void poison_shared(uint64_t block_number) {
-  memset(machine.shared, 0xff, machine.shared_bytes);
+  for (int block = 0; block < cluster_blocks; ++block) {
+    memset(shared_of(block), 0xff, machine.shared_bytes);
+  }
 #if defined(PYDL_EMULATION_POISON)
-  // The arrays of all kernels together may be large, and most blocks resemble the first ones.
+  // They may be large, and most blocks resemble the first ones.
   if ((block_number & (block_number - 1)) != 0) return;
-  char* begin = shared_begin + sizeof shared_begin;
-  if (begin < shared_end) memset(begin, 0xff, static_cast<size_t>(shared_end - begin));
+  const auto [begin, bytes] = static_shared();
+  memset(begin, 0xff, bytes);
 #else
   (void)block_number;
 #endif
 }
 
-void check_canary() {
+void check_canary(uint64_t block_number) {
+#if defined(PYDL_EMULATION_POISON)
+  // There is one of each for all blocks of a cluster.
+  const auto [begin, bytes] = static_shared();
+  if (cluster_blocks > 1 && (block_number & (block_number - 1)) == 0) {
+    for (size_t i = 0; i < bytes; ++i) {
+      if (static_cast<unsigned char>(begin[i]) != 0xff) {
+        fail("the kernel of a cluster wrote to static shared memory; here it may be dynamic only");
+      }
+    }
+  }
+#else
+  (void)block_number;
+#endif
 #if !defined(PYDL_EMULATION_ASAN)
   const Machine& m = machine;
-  const unsigned char* after = m.shared + m.shared_bytes;
-  if (after[0] == 0xa5 && memcmp(after, after + 1, kCanary - 1) == 0) return;
-  for (size_t i = 0; i < kCanary; ++i) {
-    if (m.shared[m.shared_bytes + i] != 0xa5) {
-      fail("block (%u, %u, %u): wrote byte %zu of %zu bytes of dynamic shared memory", blockIdx.x,
-           blockIdx.y, blockIdx.z, m.shared_bytes + i, m.shared_bytes);
+  for (int block = 0; block < cluster_blocks; ++block) {
+    const unsigned char* after = shared_of(block) + m.shared_bytes;
+    if (after[0] == 0xa5 && memcmp(after, after + 1, kCanary - 1) == 0) continue;
+    for (size_t i = 0; i < kCanary; ++i) {
+      if (after[i] != 0xa5) {
+        fail("block (%u, %u, %u): wrote byte %zu of %zu bytes of dynamic shared memory",
+             first_block.x + static_cast<unsigned>(block), first_block.y, first_block.z,
+             m.shared_bytes + i, m.shared_bytes);
+      }
     }
   }
 #endif
@@ -371,8 +433,9 @@ uint64_t greatest_common_divisor(uint64_t a, uint64_t b) {
 
 }  // namespace
 
-void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*run)(void*), void* body) {
-  check(grid, block, shared_bytes);
+void launch(int cluster, dim3 grid, dim3 block, size_t shared_bytes, void (*run)(void*),
+            void* body) {
+  check(cluster, grid, block, shared_bytes);
   Machine& m = machine;
   const std::lock_guard<std::mutex> lock(m.one_launch);
   m.random_state = (m.seed + 1) * 0x9e3779b97f4a7c15ull ^ (++m.launches * 0xd1342543de82ef95ull);
@@ -381,27 +444,31 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*run)(void*), void
   m.run = run;
   m.body = body;
   fiber = &m.main;
-  m.threads = static_cast<int>(block.x * block.y * block.z);
+  cluster_blocks = cluster;
+  block_threads = static_cast<int>(block.x * block.y * block.z);
+  m.threads = cluster * block_threads;
   blockDim = block;
   gridDim = grid;
   for (int t = 0; t < m.threads; ++t) {
-    const unsigned linear = static_cast<unsigned>(t);
+    const unsigned linear = static_cast<unsigned>(t % block_threads);
     m.all[t] = {{linear % block.x, linear / block.x % block.y, linear / block.x / block.y}, t};
   }
   m.waited = true;  // a new order for the first block
   set_shared(shared_bytes);
 
-  // Steps of a stride that has no factor in common with the number of blocks visit each once.
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  // Steps of a stride that has no factor in common with the number of clusters visit each once.
+  const unsigned along = grid.x / static_cast<unsigned>(cluster);
+  const uint64_t blocks = uint64_t{along} * grid.y * grid.z;
   uint64_t at = m.random() % blocks, stride = 1 + m.random() % blocks;
   while (greatest_common_divisor(stride, blocks) != 1) ++stride;
   stride %= blocks;
   for (uint64_t i = 0; i < blocks; ++i) {
-    blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
-                static_cast<unsigned>(at / grid.x / grid.y)};
+    first_block = {static_cast<unsigned>(at % along) * static_cast<unsigned>(cluster),
+                   static_cast<unsigned>(at / along % grid.y),
+                   static_cast<unsigned>(at / along / grid.y)};
     poison_shared(i);
     run_block();
-    check_canary();
+    check_canary(i);
     at = at < blocks - stride ? at + stride : at - (blocks - stride);
   }
 }
@@ -417,26 +484,38 @@ bool leave() {
   const Warp& warp = m.warps[warp_index];
   for (int i = warp.open - 1; i >= 0; --i)
     if (complete(warp, warp.steps[i])) finish_step(warp_index, i);
-  for (int kind = 0; kind < 4; ++kind)
-    if (m.arrived[kind] != 0 && m.arrived[kind] + m.exited == m.threads) finish_barrier(kind);
+  const int block = running.thread / block_threads;
+  for (int kind = 0; kind <= kClusterBarrier; ++kind) {
+    const int of = kind == kClusterBarrier ? 0 : block;
+    if (m.arrived[kind][of] != 0 && met(kind, of)) finish_barrier(kind, of);
+  }
   if (!starts_next()) return false;
   running = *m.next_seat++;
   return true;
 }
 
-int block_barrier(Barrier kind_of_barrier, bool predicate) {
+namespace {
+
+int meet(int kind, int block, bool predicate) {
   Machine& m = machine;
   if (!m.waited) begin_waiting();
-  const int kind = static_cast<int>(kind_of_barrier);
-  ++m.arrived[kind];
-  m.votes[kind] += predicate;
-  if (m.arrived[kind] + m.exited == m.threads) {
-    finish_barrier(kind);
+  ++m.arrived[kind][block];
+  m.votes[kind][block] += predicate;
+  if (met(kind, block)) {
+    finish_barrier(kind, block);
   } else {
     wait();
   }
-  return m.barrier_result;
+  return m.barrier_result[block];
 }
+
+}  // namespace
+
+int block_barrier(Barrier kind, bool predicate) {
+  return meet(static_cast<int>(kind), cluster_rank(), predicate);
+}
+
+void cluster_sync() { meet(kClusterBarrier, 0, false); }
 
 void warp_step(const char* name, unsigned mask, void* mine, Combine combine) {
   Machine& m = machine;
@@ -494,7 +573,20 @@ unsigned ballot(const char* name, unsigned mask, bool predicate) {
   return vote.all;
 }
 
-void* dynamic_shared() { return machine.shared; }
+void* dynamic_shared() { return shared_of(cluster_rank()); }
+
+double cluster_load(const double* mine, int rank) {
+  const auto* at = reinterpret_cast<const unsigned char*>(mine);
+  const unsigned char* own = shared_of(cluster_rank());
+  if (at < own || at + sizeof *mine > own + machine.shared_bytes || rank < 0 ||
+      rank >= cluster_blocks) {
+    fail("cluster_load: wants dynamic shared memory of block 0 to %d, got block %d's",
+         cluster_blocks - 1, rank);
+  }
+  double value;
+  memcpy(&value, shared_of(rank) + (at - own), sizeof value);
+  return value;
+}
 
 }  // namespace pydl::emulation
 

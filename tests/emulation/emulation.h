@@ -68,21 +68,30 @@ struct dim3 {
   constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
 };
 
-extern uint3 blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 #define threadIdx (::pydl::emulation::running.index)
+#define blockIdx (::pydl::emulation::running_block())
 
 namespace pydl::emulation {
 
-// Runs body() once for each thread of each block. Serialised: several callers may launch at once.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*run)(void*), void* body);
+// Runs body() once for each thread of each block, the blocks of a cluster at once. Serialised:
+// several callers may launch at once.
+void launch(int cluster, dim3 grid, dim3 block, size_t shared_bytes, void (*run)(void*),
+            void* body);
 
 struct alignas(16) Seat {
   uint3 index;
-  int thread;
+  int thread;  // of the cluster, a block after the other
 };
-extern Seat running;  // copied at every switch
+extern Seat running;       // copied at every switch
+extern uint3 first_block;  // of the cluster
+extern int cluster_blocks, block_threads;
+inline int cluster_size() { return cluster_blocks; }
+inline int cluster_rank() { return cluster_blocks == 1 ? 0 : running.thread / block_threads; }
+inline uint3 running_block() {
+  return {first_block.x + static_cast<unsigned>(cluster_rank()), first_block.y, first_block.z};
+}
 // The threads that have not started; none where it takes more than a copy to start one.
 extern const Seat *next_seat, *last_seat;
 bool leave();
@@ -95,21 +104,25 @@ inline bool next_thread() {
 }
 
 template <class F>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, F body) {
+void launch(int cluster, dim3 grid, dim3 block, size_t shared_bytes, F body) {
   const auto run = [](void* f) {
     do (*static_cast<F*>(f))();
     while (next_thread());
   };
-  launch(grid, block, shared_bytes, run, &body);
+  launch(cluster, grid, block, shared_bytes, run, &body);
 }
 
+// Each block has its own; the kernels of clusters keep all that they share there.
 void* dynamic_shared();
+double cluster_load(const double* mine, int rank);
 inline int lane() { return running.thread & 31; }
 
 // All threads of the block that have not exited wait here, at the same kind of barrier; returns how
 // many of them came with predicate set.
 enum class Barrier { plain, count, all, any };
 int block_barrier(Barrier kind, bool predicate);
+// The same for all threads of the cluster.
+void cluster_sync();
 
 // Every warp-wide operation: waits until all lanes of mask that have not exited called it under the
 // same name. The last one then runs combine over what the lanes brought (null for an exited lane);

@@ -108,6 +108,28 @@ void check_sums() {
   }
 }
 
+// In clusters of `cluster` blocks; how many numbers are not those of two blocks on.
+int wrong_rotations(int64_t cluster, int missing) {
+  constexpr int64_t kBlocks = 24, kThreads = 96;
+  Array<double> x({kBlocks, kThreads}), y({kBlocks, kThreads});
+  for (int64_t i = 0; i < x.numel; ++i) x[i] = static_cast<double>(i);
+  call("selftest_rotate", {y, x, number(cluster), number(missing)});
+  int wrong = 0;
+  for (int64_t i = 0; i < x.numel; ++i) {
+    const int64_t block = i / kThreads, first = block / cluster * cluster;
+    const int64_t from = first + (block - first + 2) % cluster, t = (i % kThreads + 2) % kThreads;
+    wrong += y[i] != x[from * kThreads + t];
+  }
+  return wrong;
+}
+
+void check_clusters() {
+  for (int64_t cluster : {1, 2, 3, 8}) {
+    const int wrong = wrong_rotations(cluster, 0);
+    expect(wrong == 0, "number of wrong rotations", cluster, wrong, 0);
+  }
+}
+
 void check_shuffles() {
   Array<int> y({4, 5, 40, 32});
   call("selftest_shuffles", {y});
@@ -214,6 +236,7 @@ void check() {
   for (int seed = 0; seed < kSeeds; ++seed) {
     pydl_emulation_seed(static_cast<uint64_t>(seed));
     check_sums();
+    check_clusters();
     check_shuffles();
     check_warps();
     check_integers();
@@ -291,6 +314,20 @@ void limits() {
   }
 }
 
+// Clusters that miss a barrier, that CUDA does not take, and that share what is each block's own.
+void clusters() {
+  int missed = 0;
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    pydl_emulation_seed(static_cast<uint64_t>(seed));
+    missed += wrong_rotations(4, 1) != 0;
+  }
+  printf("%d\n", missed);
+  for (int64_t cluster : {5, 12}) {
+    puts(failure([&] { wrong_rotations(cluster, 0); }).c_str());
+  }
+  puts(failure([&] { wrong_rotations(2, 2); }).c_str());
+}
+
 void order(int seed) {
   pydl_emulation_seed(static_cast<uint64_t>(seed));
   for (int launch = 0; launch < 2; ++launch) {
@@ -357,15 +394,11 @@ int main(int count, char** arguments) {
   const std::string what = count > 1 ? arguments[1] : "";
   const int argument = count > 2 ? atoi(arguments[2]) : 0;
   const std::map<std::string, std::function<void()>> all = {
-      {"check", check},
-      {"missing", missing},
-      {"wrong", all_wrong},
-      {"limits", limits},
-      {"order", [&] { order(argument); }},
-      {"unwritten", unwritten},
-      {"past", [&] { past(argument); }},
-      {"threads", threads},
-      {"speed", speed},
+      {"check", check},         {"missing", missing},
+      {"wrong", all_wrong},     {"limits", limits},
+      {"clusters", clusters},   {"order", [&] { order(argument); }},
+      {"unwritten", unwritten}, {"past", [&] { past(argument); }},
+      {"threads", threads},     {"speed", speed},
   };
   if (all.count(what) == 0) return 2;
   all.at(what)();

@@ -263,6 +263,41 @@ void wrong(Stream stream, Out y, Out alive, int64_t kind) {
               static_cast<int*>(alive.data), static_cast<int>(kind));
 }
 
+// y [blocks, threads] = the row of x of the next block of the cluster, twice in turn: what this one
+// read of the block after it. `missing`: no barrier, or memory that a cluster's blocks do not
+// share.
+template <int kMissing>
+__global__ void rotate_kernel(double* y, const double* x) {
+  PYDL_DYNAMIC_SHARED(double, rows);
+  __shared__ double fixed;
+  const int t = threadIdx.x, threads = blockDim.x, next = (cluster_rank() + 1) % cluster_size();
+  double value = x[int64_t{blockIdx.x} * threads + t];
+  for (int turn = 0; turn < 2; ++turn) {
+    rows[turn * threads + t] = value;
+    if (kMissing != 1) cluster_sync();
+    value = cluster_load(rows + turn * threads + (t + 1) % threads, next);
+  }
+  if (kMissing == 2) {
+    if (t == 0) fixed = value;
+    __syncthreads();
+    value = fixed;
+  }
+  y[int64_t{blockIdx.x} * threads + t] = value;
+  cluster_sync();
+}
+void rotate(Stream stream, Out y, View x, int64_t cluster, int64_t missing) {
+  const unsigned blocks = static_cast<unsigned>(x.sizes[0]),
+                 threads = static_cast<unsigned>(x.sizes[1]);
+  const auto kernel = missing == 0   ? &rotate_kernel<0>
+                      : missing == 1 ? &rotate_kernel<1>
+                                     : &rotate_kernel<2>;
+  const size_t bytes = 2 * threads * sizeof(double);
+  const int size = static_cast<int>(cluster);
+  if (!clusters_fit(kernel, size, dim3(threads), bytes)) return;
+  PYDL_LAUNCH_CLUSTERS(kernel, size, blocks, threads, bytes, stream, static_cast<double*>(y.data),
+                       static_cast<const double*>(x.data));
+}
+
 __global__ void nothing_kernel() {}
 void nothing(Stream stream, int64_t x, int64_t y, int64_t z, int64_t threads, int64_t bytes) {
   const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
@@ -307,4 +342,5 @@ EXPORT(cuda, selftest_past, "y, where", pydl::past)
 EXPORT(cuda, selftest_wrong, "y, alive, kind", pydl::wrong)
 EXPORT(cuda, selftest_nothing, "x, y, z, threads, bytes", pydl::nothing)
 EXPORT(cuda, selftest_barriers, "y, rounds", pydl::barriers)
+EXPORT(cuda, selftest_rotate, "y, x, cluster, missing", pydl::rotate)
 EXPORT(cuda, selftest_add, "y, x", pydl::add)

@@ -87,6 +87,16 @@ def test_limits() -> None:
     assert largest == "no failure"
 
 
+def test_clusters() -> None:
+    missed, *failures = output("plain", "clusters").splitlines()
+    assert int(missed) > SEEDS // 2
+    assert [line.split(";")[0] for line in failures] == [
+        "launch: clusters of 5 blocks of 96 threads in a grid of 24",
+        "launch: clusters of 12 blocks of 96 threads in a grid of 24",
+        "the kernel of a cluster wrote to static shared memory",
+    ]
+
+
 def test_order_is_shuffled_by_the_seed() -> None:
     assert output("plain", "order", 1) == output("plain", "order", 1)
     block_orders, thread_orders = set(), set()
