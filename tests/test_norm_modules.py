@@ -284,10 +284,21 @@ def test_convert_sync_batchnorm() -> None:
 
 
 def test_convert_sync_batchnorm_loses_nothing() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(6), P.BatchNormAct(6))
-    with pytest.raises(TypeError, match="1 is a BatchNormAct"):
+    """What has a forward of its own is refused, and nothing is half done."""
+
+    class Own(nn.BatchNorm2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) + 1
+
+    model = nn.Sequential(nn.BatchNorm2d(6), P.BatchNormAct(6), Own(6))
+    with pytest.raises(TypeError, match="2 is a Own"):
         P.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert type(model[0]) is nn.BatchNorm2d
+    assert type(model[0]) is nn.BatchNorm2d and not model[1].synchronised
+    block = P.StandardResBlock(6, 6)
+    assert P.SyncBatchNorm.convert_sync_batchnorm(block, "group") is block
+    norms = [m for m in block.modules() if isinstance(m, P.BatchNormAct)]
+    assert norms and all(m.synchronised and m.process_group == "group" for m in norms)
+    assert "synchronised=True" in repr(block)
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])

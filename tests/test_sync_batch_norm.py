@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
@@ -32,14 +33,18 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     channels_last: bool = False
     kwargs: dict[str, Any] = {}  # noqa: RUF012
+    act: str | None = None  # with one, and a residual before it
 
-    def tensors(self, world: int, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of all ranks and the gradient of its output; the mean is far from 0."""
+    def tensors(self, world: int, step: int) -> list[Tensor]:
+        """The batch of all ranks and the gradient of its output, then the residual; the mean is far
+        from 0."""
         generator = torch.Generator().manual_seed(step)
         shape = (sum(self.samples[:world]), *self.sample)
-        x, dy = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "xy")
+        x, dy, residual = (
+            torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "xyr"
+        )
         x = x * (step + 1) + torch.linspace(-3, 9, x.numel(), dtype=torch.float64).view(shape)
-        return x.to(self.dtype), dy.to(self.dtype)
+        return [t.to(self.dtype) for t in ([x, dy, residual] if self.act else [x, dy])]
 
     def part(self, whole: Tensor, world: int, rank: int) -> Tensor:
         """What a rank has of it, in memory of its own."""
@@ -48,10 +53,26 @@ class Case(NamedTuple):
 
     def module(self, cls: type) -> Any:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        made = cls(CHANNELS, dtype=wide, **self.kwargs)
+        if self.act and cls is P.SyncBatchNorm:
+            made = P.BatchNormAct(CHANNELS, self.act, dtype=wide, **self.kwargs)
+            made = P.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(made))[0]
+        else:
+            made = cls(CHANNELS, dtype=wide, **self.kwargs)
         for i, parameter in enumerate(made.parameters()):
             nn.init.uniform_(parameter, -2, 2, generator=torch.Generator().manual_seed(i))
-        return made
+        return Steps(made, self.act) if self.act and cls is nn.SyncBatchNorm else made
+
+
+class Steps(nn.Module):
+    """The same by torch, a step after the other."""
+
+    def __init__(self, norm: Any, act: str) -> None:
+        super().__init__()
+        self.norm, self.act, self.weight = norm, act, norm.weight
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.norm(x)
+        return getattr(torch.nn.functional, self.act)(y if residual is None else y + residual)
 
 
 IMAGE = (CHANNELS, 3, 4)
@@ -68,6 +89,8 @@ CASES = {
     "fp32": Case((3, 2, 2), IMAGE, torch.float32),
     "fp32, channels last": Case((2, 0, 3), IMAGE, torch.float32, channels_last=True),
     "bf16 with fp32 weights": Case((3, 2, 2), IMAGE, torch.bfloat16),
+    "residual and gelu": Case((3, 0, 2), IMAGE, act="gelu"),
+    "residual and silu, channels last": Case((2, 1, 3), IMAGE, torch.float32, True, act="silu"),
 }
 STEPS = 2
 
@@ -107,10 +130,11 @@ def trained(case: Case, asked: str | None, world: int, rank: int) -> dict[str, A
     module.backend = asked
     with Collectives() as collectives:
         for step in range(STEPS):
-            x, dy = (case.part(t, world, rank) for t in case.tensors(world, step))
-            y = module(x.requires_grad_())
+            x, dy, *more = (case.part(t, world, rank) for t in case.tensors(world, step))
+            given = [t.requires_grad_() for t in (x, *more)]
+            y = module(*given)
             forward = collectives.told()
-            grads = torch.autograd.grad(y, [x, *module.parameters()], dy)
+            grads = torch.autograd.grad(y, [*given, *module.parameters()], dy)
             found[step] = [y.detach(), *grads]
             found["buffers", step] = [b.clone() for b in module.buffers()]
             found["collectives", step] = [forward, collectives.told()]
@@ -118,16 +142,21 @@ def trained(case: Case, asked: str | None, world: int, rank: int) -> dict[str, A
     return found
 
 
-def differentiated_twice(module: Any, x: Tensor, dy: Tensor, factor: Tensor) -> list[Tensor]:
-    """The gradients of a penalty on the gradients, with regard to dy, x and weight."""
-    leaves = [dy.clone().requires_grad_(), x.clone().requires_grad_(), module.weight]
-    y = module(leaves[1])
-    first = torch.autograd.grad(y, [leaves[1], *module.parameters()], leaves[0], create_graph=True)
-    penalty = first[0].pow(3).sum() + sum((g * factor).sum() for g in first[1:])
+def differentiated_twice(
+    module: Any, x: Tensor, dy: Tensor, *residual: Tensor, factor: Tensor
+) -> list[Tensor]:
+    """The gradients of a penalty on the gradients, with regard to dy, x, residual and weight."""
+    leaves = [*(t.clone().requires_grad_() for t in (dy, x, *residual)), module.weight]
+    given = leaves[1:-1]
+    y = module(*given)
+    wanted = [*given, *module.parameters()]
+    first = torch.autograd.grad(y, wanted, leaves[0], create_graph=True)
+    penalty = sum(g.pow(3).sum() for g in first[: len(given)])
+    penalty = penalty + sum((g * factor).sum() for g in first[len(given) :])
     return list(torch.autograd.grad(penalty, leaves))
 
 
-TWICE = CASES["uneven"]
+TWICE = CASES["uneven"], CASES["residual and gelu"]
 FACTOR = torch.linspace(1, 2, CHANNELS, dtype=torch.float64)
 
 
@@ -149,11 +178,11 @@ def others(world: int, rank: int) -> dict[str, Any]:
     module = case.module(P.SyncBatchNorm)
     module.process_group = pair
     found["a group of two"] = module(x)
-    for asked in BACKENDS:
-        module = TWICE.module(P.SyncBatchNorm)
+    for asked, case in itertools.product(BACKENDS, TWICE):
+        module = case.module(P.SyncBatchNorm)
         module.backend = asked
-        parts = (TWICE.part(t, world, rank) for t in TWICE.tensors(world, 0))
-        found["twice", asked] = differentiated_twice(module, *parts, FACTOR)
+        parts = (case.part(t, world, rank) for t in case.tensors(world, 0))
+        found["twice", asked, case.act] = differentiated_twice(module, *parts, factor=FACTOR)
     errors = {
         "one value": lambda: sync_batch_norm(torch.ones(int(rank == 1), CHANNELS), None, None),
         "a transform": lambda: torch.func.vmap(lambda x: sync_batch_norm(x, None, None))(
@@ -207,9 +236,10 @@ def together(case: Case, world: int) -> Iterator[list[Tensor]]:
     """Output, gradients and buffers by torch in one process, step by step."""
     module = case.module(nn.SyncBatchNorm)
     for step in range(STEPS):
-        x, dy = case.tensors(world, step)
-        y = module(x.requires_grad_())
-        grads = torch.autograd.grad(y, [x, *module.parameters()], dy)
+        x, dy, *more = case.tensors(world, step)
+        given = [t.requires_grad_() for t in (x, *more)]
+        y = module(*given)
+        grads = torch.autograd.grad(y, [*given, *module.parameters()], dy)
         yield [y.detach(), *grads, *(b.clone() for b in module.buffers())]
 
 
@@ -217,13 +247,15 @@ def together(case: Case, world: int) -> Iterator[list[Tensor]]:
 def test_equals_one_process(ranks: list, name: str, asked: str | None) -> None:
     """Output and gradients; the buffers, on every rank to the bit."""
     case, found = CASES[name], [rank[name, asked] for rank in ranks]
-    for step, (y, dx, *more) in enumerate(together(case, len(ranks))):
-        close(torch.cat([rank[step][0] for rank in found]), y, case.dtype)
-        close(torch.cat([rank[step][1] for rank in found]), dx, case.dtype)
+    whole = 3 if case.act else 2  # the output, and the gradients of what is cut into batches
+    for step, wanted in enumerate(together(case, len(ranks))):
+        for i, want in enumerate(wanted[:whole]):
+            close(torch.cat([rank[step][i] for rank in found]), want, case.dtype)
+        more = wanted[whole:]
         buffers = found[0]["buffers", step]
         split = len(more) - len(buffers)
         for i, grad in enumerate(more[:split]):
-            total = torch.stack([rank[step][2 + i] for rank in found]).sum(0)
+            total = torch.stack([rank[step][whole + i] for rank in found]).sum(0)
             close(total, grad, case.dtype)
         close(buffers, more[split:], case.dtype)
         for rank in found[1:]:
@@ -265,14 +297,14 @@ def test_a_group_of_its_own(ranks: list) -> None:
         close(ranks[2]["a group of two"], module(parts[2]))
 
 
+@pytest.mark.parametrize("case", TWICE, ids=lambda case: case.act)
 @pytest.mark.parametrize("asked", BACKENDS)
-def test_double_backward(ranks: list, asked: str | None) -> None:
+def test_double_backward(ranks: list, asked: str | None, case: Case) -> None:
     """Of the sum of all ranks' penalties; each weight has its own share."""
-    wanted = differentiated_twice(
-        TWICE.module(nn.SyncBatchNorm), *TWICE.tensors(len(ranks), 0), FACTOR
-    )
-    ddy, dx, dweight = zip(*(rank["twice", asked] for rank in ranks), strict=True)
-    close([torch.cat(ddy), torch.cat(dx), torch.stack(dweight).sum(0)], wanted)
+    module = case.module(nn.SyncBatchNorm)
+    wanted = differentiated_twice(module, *case.tensors(len(ranks), 0), factor=FACTOR)
+    *parts, dweight = zip(*(rank["twice", asked, case.act] for rank in ranks), strict=True)
+    close([*map(torch.cat, parts), torch.stack(dweight).sum(0)], wanted)
 
 
 def test_errors(ranks: list) -> None:

@@ -3,7 +3,10 @@ follows it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -11,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from pydl import functional as F
 from pydl.nn.activation import HasBackend
 from pydl.ops.bias_act import named
+from pydl.ops.sync_batch_norm import sync_batch_norm
 
 Statistics = tuple[Tensor | None, Tensor | None, bool, float]
 
@@ -35,6 +39,14 @@ class BatchStatistics(HasBackend, _BatchNorm):
         if self.training and not tracked:
             return None, None, True, momentum
         return self.running_mean, self.running_var, self.training or missing, momentum
+
+
+def several(group: Any) -> Any:
+    """The process group, all processes for None; None where there is one process or none."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 class _Plain(BatchStatistics):
@@ -90,8 +102,9 @@ class BatchNormAct(BatchStatistics):
     Called `module(x)` or `module(x, residual)`. Parameters, buffers and `state_dict` are those of
     `torch.nn.BatchNorm2d`.
 
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` takes it for a batch normalisation alone and
-    drops the activation; that of `pydl.nn.SyncBatchNorm` refuses it.
+    `pydl.nn.SyncBatchNorm.convert_sync_batchnorm` makes it use, in training, the moments of all
+    processes' batches (`synchronised`, `process_group`). That of `torch.nn.SyncBatchNorm` takes it
+    for a batch normalisation alone and drops the activation, in the blocks built of it too.
 
     Args:
         num_features: The number of channels.
@@ -112,6 +125,9 @@ class BatchNormAct(BatchStatistics):
             or none, or training has one value a channel.
         RuntimeError: at the call, shapes or dtypes do not fit.
     """
+
+    synchronised = False
+    process_group: Any = None
 
     def __init__(
         self,
@@ -140,6 +156,11 @@ class BatchNormAct(BatchStatistics):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         mean, var, training, momentum = self._statistics()
+        if self.synchronised and self.training and (group := several(self.process_group)):
+            return sync_batch_norm(
+                input, mean, var, self.weight, self.bias, momentum, self.eps, group,
+                residual=residual, act=self.act, act_param=self.act_param, backend=self.backend,
+            )  # fmt: skip
         return F.batch_norm_act(
             input, mean, var, self.weight, self.bias, training, momentum, self.eps,
             act=self.act, residual=residual, act_param=self.act_param, backend=self.backend,
@@ -147,7 +168,8 @@ class BatchNormAct(BatchStatistics):
 
     def extra_repr(self) -> str:
         param = "" if self.act_param is None else f", act_param={self.act_param}"
-        return f"{super().extra_repr()}, act={self.act!r}{param}"
+        synchronised = ", synchronised=True" if self.synchronised else ""
+        return f"{super().extra_repr()}, act={self.act!r}{param}{synchronised}"
 
 
 class GroupNorm(HasBackend, nn.GroupNorm):

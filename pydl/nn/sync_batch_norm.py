@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pydl import functional as F
-from pydl.nn.batch_norm import BatchNorm2d, BatchStatistics
+from pydl.nn.batch_norm import BatchNorm2d, BatchNormAct, BatchStatistics, several
 from pydl.ops.sync_batch_norm import sync_batch_norm
 
 
@@ -43,13 +42,11 @@ class SyncBatchNorm(BatchStatistics, nn.SyncBatchNorm):
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         mean, var, training, momentum = self._statistics()
-        if self.training and dist.is_available() and dist.is_initialized():
-            group = self.process_group or dist.group.WORLD
-            if dist.get_world_size(group) > 1:
-                return sync_batch_norm(
-                    input, mean, var, self.weight, self.bias, momentum, self.eps, group,
-                    backend=self.backend,
-                )  # fmt: skip
+        if self.training and (group := several(self.process_group)):
+            return sync_batch_norm(
+                input, mean, var, self.weight, self.bias, momentum, self.eps, group,
+                backend=self.backend,
+            )  # fmt: skip
         return F.batch_norm(
             input, mean, var, self.weight, self.bias, training, momentum, self.eps,
             backend=self.backend,
@@ -57,7 +54,8 @@ class SyncBatchNorm(BatchStatistics, nn.SyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """Puts a `SyncBatchNorm` in the place of every batch normalisation, torch's and pydl's.
+        """Puts a `SyncBatchNorm` in the place of every batch normalisation, torch's and pydl's, and
+        makes every `BatchNormAct` synchronise.
 
         Parameters and buffers are shared, not copied. Hooks are not taken along.
 
@@ -72,9 +70,14 @@ class SyncBatchNorm(BatchStatistics, nn.SyncBatchNorm):
             TypeError: a batch normalisation has a forward of its own, which would be lost.
         """
         made: dict[int, nn.Module] = {}
+        own: list[BatchNormAct] = []
         for path, one in module.named_modules():
-            if isinstance(one, _BatchNorm):
+            if type(one) is BatchNormAct:
+                own.append(one)
+            elif isinstance(one, _BatchNorm):
                 made[id(one)] = cls._from(one, process_group, path or "the module")
+        for norm in own:
+            norm.synchronised, norm.process_group = True, process_group
         for parent in list(module.modules()):
             for name, child in parent._modules.items():
                 parent._modules[name] = made.get(id(child), child)

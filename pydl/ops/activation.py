@@ -15,8 +15,7 @@ SIGMOID = unary("sigmoid", definitions.sigmoid, definitions.sigmoid_slope)
 TANH = unary("tanh", definitions.tanh, definitions.tanh_slope)
 RELU = unary("relu", definitions.relu, definitions.relu_slope)
 LEAKY_RELU = unary("leaky_relu", definitions.leaky_relu)
-# With a slope of 0 or more the output has the sign of the input, and is alive as the next layer's
-# input.
+# Of a call in place the output is all there is; with a slope of 0 or more it has the input's sign.
 LEAKY_RELU_OUT = unary("leaky_relu", definitions.leaky_relu, definitions.leaky_relu_slope)
 ELU = unary("elu", definitions.elu)
 SELU = unary("selu", definitions.selu)
@@ -87,13 +86,13 @@ def leaky_relu(
         backend: Who computes; see `pydl.backends`.
 
     Returns:
-        A tensor like `input`. Saves its output for backward (its input where the slope is
-        negative).
+        A tensor like `input`. Saves its input for backward, as torch's, so that the output may be
+        changed.
     """
     chosen = choose("leaky_relu", backend, input)
     if chosen == "torch":
         return F.leaky_relu(input, negative_slope, inplace)
-    rule = LEAKY_RELU_OUT if negative_slope >= 0 else LEAKY_RELU
+    rule = LEAKY_RELU_OUT if inplace and negative_slope >= 0 else LEAKY_RELU
     return run(rule, chosen, inplace, input, float(negative_slope))
 
 

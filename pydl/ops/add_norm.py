@@ -25,7 +25,7 @@ from pydl.ops.layer_norm import (
     shaped,
     sums,
 )
-from pydl.ops.philox import check_rate, draw_seed, dropout_factors
+from pydl.ops.philox import check_rate, check_seed, draw_seed, dropout_factors
 
 
 def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
@@ -192,6 +192,7 @@ def _run(
     op = rule.name
     _check(op, input, residual, p)
     check_weights(op, input, shape, **weights)
+    check_seed(op, seed, input.device)
     chosen = choose(op, backend, input, *(() if _widened(input, residual) else (residual,)))
     if p == 0:
         seed = None

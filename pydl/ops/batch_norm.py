@@ -9,49 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydl import autograd
-from pydl.backends import FLOATS, choose
+from pydl.backends import FLOATS, requested
 from pydl.ops import bias_act
 from pydl.ops.channel_norm import RULE, call, measured_as
-
-
-def _check(op: str, input: Tensor, residual: Tensor | None = None, **of_channels: Any) -> None:
-    """Raises for what no kernel takes."""
-    if input.dim() < 2:
-        raise RuntimeError(
-            f"pydl: {op}: input has shape {tuple(input.shape)}, wants (N, C) or more dimensions"
-        )
-    half = input.dtype in FLOATS[1:3]
-    for name, given in of_channels.items():
-        if given is None:
-            continue
-        if given.device != input.device:
-            raise RuntimeError(
-                f"pydl: {op}: {name} is on {given.device}, wants the input's device, {input.device}"
-            )
-        if tuple(given.shape) != (input.shape[1],):
-            raise RuntimeError(
-                f"pydl: {op}: {name} has shape {tuple(given.shape)}, wants a value for each of "
-                f"{input.shape[1]} channels"
-            )
-        if given.dtype != input.dtype and not (half and given.dtype == torch.float32):
-            raise RuntimeError(
-                f"pydl: {op}: {name} has dtype {given.dtype}, wants the input's, {input.dtype}, "
-                "or float32 with an input of 16 bits"
-            )
-    _check_residual(op, input, residual)
-
-
-def _check_residual(op: str, input: Tensor, residual: Tensor | None) -> None:
-    if residual is not None and (
-        residual.shape != input.shape
-        or residual.dtype != input.dtype
-        or residual.device != input.device
-    ):
-        raise RuntimeError(
-            f"pydl: {op}: residual is {residual.dtype} {tuple(residual.shape)} on "
-            f"{residual.device}, wants the input's {input.dtype} {tuple(input.shape)} on "
-            f"{input.device}"
-        )
+from pydl.ops.norm_checks import check, check_residual, check_statistics, choose
 
 
 def update(
@@ -65,6 +26,13 @@ def update(
         if running_var is not None:
             unbiased = var * (count / (count - 1))
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+
+
+def kept(*estimates: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Running estimates as backward will want them, whatever training makes of them meanwhile."""
+    if not torch.is_grad_enabled():
+        return estimates
+    return tuple(None if one is None else one.clone() for one in estimates)
 
 
 def _moments(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
@@ -112,12 +80,14 @@ def batch_norm(
         channel.
 
     Raises:
-        ValueError: training with one value a channel.
+        ValueError: training with one value a channel; `eps` is negative, or 0 in training; one
+            running estimate is given without the other in training.
         RuntimeError: shapes or dtypes do not fit.
 
     Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
     """
-    chosen = choose("batch_norm", backend, input, key=measured_as)
+    of_channels = (weight, bias, running_mean, running_var)
+    chosen = choose("batch_norm", backend, input, *of_channels, key=measured_as)
     if chosen == "torch":
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     stats = (running_mean, running_var, training, momentum, eps)
@@ -150,7 +120,8 @@ def batch_norm_act(
         training: See `batch_norm`.
         momentum: See `batch_norm`.
         eps: See `batch_norm`.
-        residual: Of the input's shape and dtype, added before the activation.
+        residual: Of the input's shape and dtype, added before the activation. Of another dtype
+            PyTorch adds it, where no backend is named, and the result is of the wider.
         act: identity, sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, swish or
             mish.
         act_param: The negative slope of leaky_relu, alpha of elu or beta of swish; None for their
@@ -162,13 +133,15 @@ def batch_norm_act(
         three numbers a channel; what the activation was applied to is computed again.
 
     Raises:
-        ValueError: training with one value a channel; there is no such activation.
+        ValueError: training with one value a channel; `eps` is negative, or 0 in training; one
+            running estimate is given without the other in training; there is no such activation.
         RuntimeError: shapes or dtypes do not fit.
     """
-    given = (input,) if residual is None else (input, residual)
-    chosen = choose("batch_norm_act", backend, *given, key=measured_as)
+    of_channels = (weight, bias, running_mean, running_var)
+    others = () if residual is None else (residual,)
+    chosen = choose("batch_norm_act", backend, input, *of_channels, others=others, key=measured_as)
     if chosen == "torch":
-        _check_residual("batch_norm_act", input, residual)
+        check_residual("batch_norm_act", input, residual, promoted=True)
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return _finish(y, act, act_param, residual)
     stats = (running_mean, running_var, training, momentum, eps)
@@ -182,7 +155,8 @@ def _batch(
     running_mean, running_var, training, momentum, eps = stats
     number, parameter = bias_act.named(op, act, act_param)
     running = {"running_mean": running_mean, "running_var": running_var}
-    _check(op, input, residual, weight=weight, bias=bias, **running)
+    check(op, input, residual, weight=weight, bias=bias, **running)
+    check_statistics(op, training, eps, running_mean, running_var)
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError(
             f"pydl: {op}: running_mean and running_var are missing, wants both without training"
@@ -193,7 +167,7 @@ def _batch(
             f"pydl: {op}: Expected more than 1 value per channel when training, got input size "
             f"{input.size()}"
         )
-    moments = (None, None) if training else (running_mean, running_var)
+    moments = (None, None) if training else kept(running_mean, running_var)
     args = (input, weight, bias, residual, *moments, 0, float(eps), number, parameter)
     if chosen == "reference":
         y, mean, var = autograd.in_reference(RULE, *args), None, None
@@ -244,13 +218,17 @@ def instance_norm(
 
     Source: Ulyanov et al. 2016, arXiv 1607.08022.
     """
-    chosen = choose("instance_norm", backend, input, key=measured_as)
-    if chosen == "torch":
+    of_channels = (weight, bias, running_mean, running_var)
+    chosen = choose("instance_norm", backend, input, *of_channels, key=measured_as)
+    # Its own operator moves the estimates where torch.func's transforms allow no change in place.
+    moving = use_input_stats and running_mean is not None and requested(backend) is None
+    if chosen == "torch" or (moving and autograd.special()):
         return F.instance_norm(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
         )
     running = {"running_mean": running_mean, "running_var": running_var}
-    _check("instance_norm", input, weight=weight, bias=bias, **running)
+    check("instance_norm", input, weight=weight, bias=bias, **running)
+    check_statistics("instance_norm", False, eps, None, None)
     channels = input.shape[1]
     count = input.numel() // max(1, input.shape[0] * channels)
     if use_input_stats and count == 1:
@@ -263,7 +241,7 @@ def instance_norm(
             "pydl: instance_norm: running_mean and running_var are missing, wants both without "
             "use_input_stats"
         )
-    moments = (None, None) if use_input_stats else (running_mean, running_var)
+    moments = (None, None) if use_input_stats else kept(running_mean, running_var)
     groups = channels if use_input_stats else 0
     args = (input, weight, bias, None, *moments, groups, float(eps), 0, 0.0, True)
     if chosen == "reference":
@@ -314,11 +292,11 @@ def group_norm(
     """
     if input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype in FLOATS[1:3]:
         input = input.float()
-    chosen = choose("group_norm", backend, input, key=measured_as)
+    chosen = choose("group_norm", backend, input, weight, bias, key=measured_as)
     if chosen == "torch":
         return _finish(F.group_norm(input, num_groups, weight, bias, eps), act, act_param, None)
     number, parameter = bias_act.named("group_norm", act, act_param)
-    _check("group_norm", input, weight=weight, bias=bias)
+    check("group_norm", input, weight=weight, bias=bias)
     channels = input.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise RuntimeError(

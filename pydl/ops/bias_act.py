@@ -14,7 +14,7 @@ from pydl.autograd import Rule
 from pydl.backends import FLOATS, choose, empty_like, kernel
 from pydl.ops import definitions
 from pydl.ops.channels import Channels, sums
-from pydl.ops.philox import check_rate, draw_seed, dropout_factors
+from pydl.ops.philox import check_rate, check_seed, draw_seed, dropout_factors
 from pydl.ops.samples import one_pass
 from pydl.table import LAYOUTS, Case, Make, Op, register
 
@@ -165,6 +165,7 @@ def bias_act(
     """
     number, parameter = named("bias_act", act, act_param)
     check_rate("bias_act", dropout_p)
+    check_seed("bias_act", seed, input.device)
     p = float(dropout_p) if training else 0.0
     size = input.shape[dim] if input.dim() else 1
     if bias is None:

@@ -168,8 +168,8 @@ def _forward(
         mean, var = moment(mean, x), moment(var, x)
         rest = torch.zeros_like(mean)
         kernel(backend, "batch_norm_apply")(y, x4, residual4, mean, rest, var, *weights)
-        # An operator's result is no view of its argument.
-        return folded.unfold(y), mean.clone(), rest, var.clone()
+        # Backward has those that were given.
+        return folded.unfold(y), *(mean.new_empty(0, groups) for _ in range(3))
     mean, rest, var = empty_moments(x4, groups)
     pieces = pieces_of(x4)
     kernel(backend, "batch_norm_fwd")(
@@ -179,8 +179,11 @@ def _forward(
 
 
 def _backward(backend: str, dy: Tensor, saved: tuple, settings: tuple, needs: tuple) -> tuple:
-    x, weight, bias, residual, given, _, mean, rest, var = saved
+    x, weight, bias, residual, given, given_var, mean, rest, var = saved
     s = Settings(*settings)
+    if given is not None:
+        mean, var = moment(given, x), moment(given_var, x)
+        rest = torch.zeros_like(mean)
     folded = Folded(x, s.groups, s.dense)
     x4, dy4 = folded.fold(x), folded.fold(dy)
     assert x4 is not None and dy4 is not None

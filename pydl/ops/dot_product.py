@@ -15,7 +15,7 @@ from pydl.backends import FLOATS, choose, ordinary, requested
 from pydl.ops import decoding
 from pydl.ops.attention import RULE, Settings, call
 from pydl.ops.bias_act import lowered
-from pydl.ops.philox import check_rate, draw_seed
+from pydl.ops.philox import check_rate, check_seed, draw_seed
 
 Window = int | tuple[int, int] | None
 
@@ -181,14 +181,7 @@ def seed_of(op: str, p: float, seed: Tensor | None, device: torch.device) -> Ten
     Raises:
         RuntimeError: the seed is not of two int64 values on the device.
     """
-    if seed is not None:
-        right = isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.device == device
-        if not right or tuple(seed.shape) != (2,):
-            got = (
-                f"{seed.dtype} {tuple(seed.shape)} on {seed.device}" if isinstance(seed, Tensor)
-                else f"a {type(seed).__name__}"
-            )  # fmt: skip
-            raise refusal(op, f"seed is {got}, wants two int64 values on {device}")
+    check_seed(op, seed, device)
     return None if p == 0 else draw_seed(device) if seed is None else seed
 
 

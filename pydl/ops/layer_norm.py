@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pydl import autograd
 from pydl.autograd import Rule
-from pydl.backends import FLOATS, choose, empty, empty_like, kernel
+from pydl.backends import FLOATS, empty, empty_like, kernel
+from pydl.ops.norm_checks import choose, fits
 
 
 def layer_norm_definition(
@@ -168,9 +169,7 @@ def check_weights(op: str, input: Tensor, shape: Sequence[int], **weights: Tenso
             )
         if weight.shape != shape:
             raise RuntimeError(f"pydl: {op}: {name} has shape {tuple(weight.shape)}, wants {shape}")
-        if weight.dtype not in (input.dtype, torch.float32) or (
-            weight.dtype != input.dtype and input.dtype not in FLOATS[1:3]
-        ):
+        if not fits(input, weight):
             raise RuntimeError(
                 f"pydl: {op}: {name} has dtype {weight.dtype}, wants the input's, {input.dtype}, "
                 "or float32 with an input of 16 bits"
@@ -213,7 +212,7 @@ def layer_norm(
     Source: Ba et al. 2016, arXiv 1607.06450.
     """
     input = _autocast(input)
-    chosen = choose("layer_norm", backend, input)
+    chosen = choose("layer_norm", backend, input, weight, bias)
     if chosen == "torch":
         return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
     check_weights("layer_norm", input, normalized_shape, weight=weight, bias=bias)
@@ -251,7 +250,7 @@ def rms_norm(
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
     input = _autocast(input)
-    chosen = choose("rms_norm", backend, input)
+    chosen = choose("rms_norm", backend, input, weight)
     if chosen == "torch":
         return F.rms_norm(input, list(normalized_shape), weight, eps)
     check_weights("rms_norm", input, normalized_shape, weight=weight)

@@ -27,6 +27,19 @@ def check_rate(op: str, p: float) -> float:
     return p
 
 
+def check_seed(op: str, seed: Tensor | None, device: torch.device) -> None:
+    """Raises RuntimeError for a seed that is not of two int64 values on the device."""
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor):
+        got = f"a {type(seed).__name__}"
+    elif seed.dtype == torch.int64 and seed.device == device and tuple(seed.shape) == (2,):
+        return
+    else:
+        got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
+    raise RuntimeError(f"pydl: {op}: seed is {got}, wants two int64 values on {device}")
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh (seed, offset) from torch's generator of the device."""
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
