@@ -175,8 +175,8 @@ void backward(const char* op, const Out& dinput, const Out& dresidual, const Out
         }
         const A centre = mean ? static_cast<const A*>(mean->data)[r] : A(0);
         const A scale = static_cast<const A*>(rstd.data)[r];
-        Dots<A> dot = dots(static_cast<const R*>(in[0]), row, w.data(), centre, scale, n);
-        if (!mean) dot.g = dot.rest = 0;
+        const auto sum_up = mean ? &dots<true, R> : &dots<false, R>;
+        const Dots<A> dot = sum_up(static_cast<const R*>(in[0]), row, w.data(), centre, scale, n);
         const F f{{centre, scale, dot, w.data(), weights, biases}, dropout, r * n};
         run(&f, out, in, n, 0, past_cache);
         if constexpr (!kSame) convert_row(to, static_cast<const R*>(out[0]), n);

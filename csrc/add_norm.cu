@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 4)
                             const R* residual, Weights weight, Weights bias, Dropout given,
                             Norm norm) {
   using A = acc_t<R>;
-  __shared__ double shared[2 * kWarp];
+  __shared__ double shared[kMostSums * kWarp];
   const Dropout dropout = given;
   for (int64_t r = blockIdx.x; r < norm.rows; r += gridDim.x) {
     const int64_t start = r * norm.n;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
                             const acc_t<R>* rstd, Weights weight, Dropout given, Norm norm,
                             int64_t pieces) {
   using A = acc_t<R>;
-  __shared__ double shared[2 * kWarp];
+  __shared__ double shared[kMostSums * kWarp];
   const Dropout dropout = given;
   const Range range = Pieces::share(norm.rows, pieces, blockIdx.x);
   double* dweight = partials + static_cast<int64_t>(blockIdx.x) * 2 * norm.n;
@@ -175,7 +175,7 @@ void forward(Stream stream, const char* op, const Out& y, const Out& sum, const 
              const Maybe& bias, const Maybe& seed, double p, double eps) {
   const Rows rows = Rows::of(op, x, {&y}, {mean, &rstd});
   rows.check_same(op, Rows::of(op, residual, {&sum}, {}));
-  const Norm norm{rows.count, rows.n, eps, mean != nullptr};
+  const Norm norm = Norm::of(rows, eps, mean != nullptr);
   const Dropout dropout = dropout_of(op, seed, p);
   if (x.numel == 0) return;
   const Weights w = Weights::of(op, weight, norm.n), b = Weights::of(op, bias, norm.n);
@@ -221,7 +221,7 @@ void backward(Stream stream, const char* op, const Out& dinput, const Out& dresi
   if (more) Rows::of(op, sum, {&dsum}, {});
   if (two) Rows::of(op, sum, {&dresidual}, {});
   rows.check_sums(op, {&dweight, &dbias}, partials);
-  const Norm norm{rows.count, rows.n, 0, mean != nullptr};
+  const Norm norm = Norm::of(rows, 0, mean != nullptr);
   const Dropout dropout = dropout_of(op, seed, p);
   if (norm.n == 0) return;
   const Weights w = Weights::of(op, weight, norm.n);

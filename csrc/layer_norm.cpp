@@ -48,8 +48,8 @@ void backward(const char* op, const Out& dx, const Out& dweight, const Out& dbia
         const T* v = static_cast<const T*>(x.data) + r * n;
         const A centre = mean ? static_cast<const A*>(mean->data)[r] : A(0);
         const A scale = static_cast<const A*>(rstd.data)[r];
-        Dots<A> dot = dots(d, v, w.data(), centre, scale, n);
-        if (!mean) dot.g = dot.rest = 0;
+        const auto sum_up = mean ? &dots<true, T> : &dots<false, T>;
+        const Dots<A> dot = sum_up(d, v, w.data(), centre, scale, n);
         const NormaliseBackward<A> f{centre, scale, dot, w.data(), weights, biases};
         void* const out[1] = {static_cast<T*>(dx.data) + r * n};
         const void* const in[2] = {d, v};

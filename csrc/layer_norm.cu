@@ -57,7 +57,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     norm_fwd_any_kernel(T* y, acc_t<T>* mean, acc_t<T>* rstd, const T* x, Weights weight,
                         Weights bias, Norm norm) {
-  __shared__ double shared[2 * kWarp];
+  __shared__ double shared[kMostSums * kWarp];
   for (int64_t r = blockIdx.x; r < norm.rows; r += gridDim.x) {
     const int64_t at = r * norm.n;
     normalise_any(y + at, x + at, mean, rstd, r, weight, bias, norm, shared);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
     norm_bwd_any_kernel(T* dx, double* partials, const T* dy, const T* x, const acc_t<T>* mean,
                         const acc_t<T>* rstd, Weights weight, Norm norm, int64_t pieces) {
   using A = acc_t<T>;
-  __shared__ double shared[2 * kWarp];
+  __shared__ double shared[kMostSums * kWarp];
   const Range range = Pieces::share(norm.rows, pieces, blockIdx.x);
   double* dweight = partials + static_cast<int64_t>(blockIdx.x) * 2 * norm.n;
   double* dbias = dweight + norm.n;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
 void forward(Stream stream, const char* op, const Out& y, const Out* mean, const Out& rstd,
              const View& x, const Maybe& weight, const Maybe& bias, double eps) {
   const Rows rows = Rows::of(op, x, {&y}, {mean, &rstd});
-  const Norm norm{rows.count, rows.n, eps, mean != nullptr};
+  const Norm norm = Norm::of(rows, eps, mean != nullptr);
   if (x.numel == 0) return;
   const Weights w = Weights::of(op, weight, norm.n), b = Weights::of(op, bias, norm.n);
   dispatch_float(op, x.dtype, [&](auto zero) {
@@ -123,7 +123,7 @@ void backward(Stream stream, const char* op, const Out& dx, const Out& dweight, 
               const View& rstd, const Maybe& weight) {
   const Rows rows = Rows::of(op, x, {&dx, &dy}, {mean, &rstd});
   rows.check_sums(op, {&dweight, &dbias}, partials);
-  const Norm norm{rows.count, rows.n, 0, mean != nullptr};
+  const Norm norm = Norm::of(rows, 0, mean != nullptr);
   if (norm.n == 0) return;
   const Weights w = Weights::of(op, weight, norm.n);
   const bool sums = partials.numel > 0;

@@ -10,7 +10,12 @@ inline namespace PYDL_ISA {
 struct Norm {
   int64_t rows, n;
   double eps;
-  bool centred;  // layer_norm, else rms_norm
+  bool centred;    // layer_norm, else rms_norm
+  double inverse;  // 1 / n: a division in fp64 would cost registers that the row needs
+
+  static Norm of(const Rows& rows, double eps, bool centred) {
+    return {rows.count, rows.n, eps, centred, 1 / static_cast<double>(rows.n > 0 ? rows.n : 1)};
+  }
 };
 
 // The mean is shift + rest: where it is large, fp32 alone would lose its end.
@@ -31,10 +36,7 @@ PYDL_DEVICE RowMoments<float> scaled_moments(const Each& each, const Norm& norm,
     double sum[1] = {0};
     each([&](float value) { sum[0] += value; });
     sum_up(sum);
-    // A division in fp64 would cost registers that the row needs.
-    double inverse = 1 / count;
-    inverse *= 2 - static_cast<double>(norm.n) * inverse;
-    shift = static_cast<float>(sum[0] * inverse);
+    shift = static_cast<float>(sum[0] * norm.inverse);
   }
   float sums[2] = {0, 0};
   each([&](float value) {
@@ -109,7 +111,7 @@ PYDL_DEVICE void normalise_backward(const U& upstream, const R& row, float centr
                                     const Weights& weight, const Norm& norm, const Columns& columns,
                                     Sums&& sum_up, float (&dweight)[R::kItemsOf][R::kPack],
                                     float (&dbias)[R::kItemsOf][R::kPack], const Emit& emit) {
-  float sums[2] = {0, 0};
+  float sums[kMostSums] = {};
 #pragma unroll
   for (int item = 0; item < R::kItemsOf; ++item) {
     if (R::at(item) >= columns.own) continue;
@@ -117,21 +119,22 @@ PYDL_DEVICE void normalise_backward(const U& upstream, const R& row, float centr
     load_weights<R::kPack>(weight, columns.first + R::at(item), 1, w);
 #pragma unroll
     for (int j = 0; j < R::kPack; ++j) {
-      const float d = to_float(upstream.packs[item].values[j]);
       const float xhat = (to_float(row.packs[item].values[j]) - centre) * scale;
-      const float g = d * w[j];
+      const float g = to_float(upstream.packs[item].values[j]) * w[j];
       sums[0] += g;
       sums[1] += g * xhat;
-      dweight[item][j] += d * xhat;
-      dbias[item][j] += d;
+      sums[2] += xhat;
     }
   }
   // The threads' sums meet in fp64: where a row hardly varies, `scale` is large and g - c1 small.
-  double totals[2] = {sums[0], sums[1]};
+  double totals[kMostSums] = {sums[0], sums[1], sums[2]};
   sum_up(totals);
-  const double mean_g = norm.centred ? totals[0] / static_cast<double>(norm.n) : 0;
+  const double mean_g = norm.centred ? totals[0] * norm.inverse : 0;
+  // What rounding has left of the mean; where that is large, much of a value's last places.
+  const double left = norm.centred ? totals[2] * norm.inverse : 0;
   const float c1 = static_cast<float>(mean_g), rest = static_cast<float>(mean_g - c1);
-  const float c2 = static_cast<float>(totals[1] / static_cast<double>(norm.n));
+  const float c2 = static_cast<float>(totals[1] * norm.inverse - left * mean_g);
+  const float offset = static_cast<float>(-left);
 #pragma unroll
   for (int item = 0; item < R::kItemsOf; ++item) {
     const int64_t at = R::at(item);
@@ -141,8 +144,10 @@ PYDL_DEVICE void normalise_backward(const U& upstream, const R& row, float centr
 #pragma unroll
     for (int j = 0; j < R::kPack; ++j) {
       const float d = to_float(upstream.packs[item].values[j]);
-      const float xhat = (to_float(row.packs[item].values[j]) - centre) * scale;
+      const float xhat = fmaf(to_float(row.packs[item].values[j]) - centre, scale, offset);
       dx[j] = scale * ((fmaf(d, w[j], -c1) - rest) - xhat * c2);
+      dweight[item][j] += d * xhat;
+      dbias[item][j] += d;
     }
     emit(at, dx);
   }
@@ -201,21 +206,25 @@ PYDL_DEVICE void normalise_backward_any(const T* upstream, const R* row, A centr
                                         const Weights& weight, const Norm& norm, double* shared,
                                         bool sums_wanted, double* dweight, double* dbias,
                                         const Emit& emit) {
-  double sums[2] = {0, 0};
+  double sums[kMostSums] = {};
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) {
     A g = to_float(upstream[i]);
     if (weight.data != nullptr) g *= load_weight<A>(weight, i);
+    const A xhat = (to_float(row[i]) - centre) * scale;
     sums[0] += g;
-    sums[1] += g * ((to_float(row[i]) - centre) * scale);
+    sums[1] += g * xhat;
+    sums[2] += xhat;
   }
   sum_row<kThreads>(sums, shared);
-  const double mean_g = norm.centred ? sums[0] / static_cast<double>(norm.n) : 0;
+  const double mean_g = norm.centred ? sums[0] * norm.inverse : 0;
+  const double left = norm.centred ? sums[2] * norm.inverse : 0;
   const A c1 = static_cast<A>(mean_g), rest = static_cast<A>(mean_g - c1);
-  const A c2 = static_cast<A>(sums[1] / static_cast<double>(norm.n));
+  const A c2 = static_cast<A>(sums[1] * norm.inverse - left * mean_g),
+          offset = static_cast<A>(-left);
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < norm.n; i += kThreads) {
-    const A d = to_float(upstream[i]), xhat = (to_float(row[i]) - centre) * scale;
+    const A d = to_float(upstream[i]), xhat = (to_float(row[i]) - centre) * scale + offset;
     const A g = weight.data != nullptr ? d * load_weight<A>(weight, i) : d;
     emit(i, scale * (((g - c1) - rest) - xhat * c2));
     if (sums_wanted) {

@@ -8,6 +8,8 @@
 namespace pydl {
 inline namespace PYDL_ISA {
 
+constexpr int kMostSums = 3;  // of a row at once
+
 // Sums of kCount values over the threads of a row, in a fixed order, for all of them. A row of 32
 // threads is a warp; a longer one is a block, which `shared` serves: 32 numbers a value.
 template <int kRowThreads, int kCount, class A>
@@ -39,13 +41,13 @@ PYDL_DEVICE void sum_row(A (&values)[kCount], A* shared) {
 template <int kRowThreads, bool kCluster>
 class RowSums {
  public:
-  static constexpr int kDoubles = 2 * kWarp + (kCluster ? 4 : 0);
+  static constexpr int kDoubles = kMostSums * (kWarp + (kCluster ? 2 : 0));
   // of_block: kDoubles numbers of shared memory, dynamic for a cluster.
   PYDL_DEVICE explicit RowSums(double* of_block) : shared_(of_block), turn_(0) {}
 
   template <int kCount, class A>
   PYDL_DEVICE void operator()(A (&values)[kCount]) {
-    static_assert(kCount <= 2);
+    static_assert(kCount <= kMostSums);
     sum_row<kRowThreads>(values, reinterpret_cast<A*>(shared_));
     if constexpr (kCluster) add_blocks(values);
   }
@@ -56,7 +58,7 @@ class RowSums {
     const int blocks = cluster_size();
     if (blocks == 1) return;
     // Two places in turn: who writes one again has met all blocks since they read it.
-    double* const mine = shared_ + 2 * kWarp + 2 * turn_;
+    double* const mine = shared_ + kMostSums * (kWarp + turn_);
     turn_ ^= 1;
     if (threadIdx.x == 0) {
 #pragma unroll

@@ -209,34 +209,44 @@ inline A keep_moments(const Moments<A>& m, double eps, const View* mean, const V
   return scale;
 }
 
-// The means of g = dy w, as g + rest, and of g xhat, xhat = (x - mean) scale.
+// The means of g = dy w, as g + rest, and of g xhat, xhat = (x - mean) scale + offset: the offset
+// is what rounding has left of the mean, which where that is large is much of a value's last
+// places. Not centred, there is neither a mean to take away from g nor an offset.
 template <class A>
 struct Dots {
-  A g, rest, gx;
+  A g, rest, gx, offset;
 };
-template <class T>
+template <bool kCentred, class T>
 __attribute__((noinline)) Dots<acc_t<T>> dots(const T* dy, const T* x, const acc_t<T>* weight,
                                               acc_t<T> mean, acc_t<T> scale, int64_t n) {
   using V = typename Lanes<T>::type;
   using A = acc_t<T>;
-  V g_sums[4] = {}, gx_sums[4] = {};
-  double g_total = 0, gx_total = 0;
+  V g_sums[4] = {}, gx_sums[4] = {}, x_sums[4] = {};
+  double g_total = 0, gx_total = 0, x_total = 0;
   over_row<T>(
       n,
       [&](int k, int64_t i, int64_t count) {
         V g = load_some(dy + i, count);
         if (weight) g = g * load_as<V>(weight + i);
         const V xhat = only<T>((load_some(x + i, count) - splat<V>(mean)) * splat<V>(scale), count);
-        g_sums[k] += g;
         gx_sums[k] += g * xhat;
+        if constexpr (kCentred) {
+          g_sums[k] += g;
+          x_sums[k] += xhat;
+        }
       },
       [&] {
-        g_total += take(g_sums);
         gx_total += take(gx_sums);
+        if constexpr (kCentred) {
+          g_total += take(g_sums);
+          x_total += take(x_sums);
+        }
       });
-  const double mean_g = g_total / static_cast<double>(n);
+  const auto count = static_cast<double>(n);
+  const double mean_g = g_total / count, left = x_total / count;
   const A g = static_cast<A>(mean_g);
-  return {g, static_cast<A>(mean_g - g), static_cast<A>(gx_total / static_cast<double>(n))};
+  return {g, static_cast<A>(mean_g - g), static_cast<A>(gx_total / count - left * mean_g),
+          static_cast<A>(-left)};
 }
 
 template <class A>
@@ -265,7 +275,7 @@ struct NormaliseBackward {
   PYDL_HD bool by_position() const { return true; }
   template <class V>
   PYDL_HD void operator()(const V (&in)[2], V (&dx)[1], int64_t i) const {
-    const V xhat = (in[1] - splat<V>(mean)) * splat<V>(scale);
+    const V xhat = (in[1] - splat<V>(mean)) * splat<V>(scale) + splat<V>(dot.offset);
     V g = in[0];
     if (weight) g = g * load_as<V>(weight + i);
     if (dweight) store_as(dweight + i, load_as<V>(dweight + i) + in[0] * xhat);

@@ -96,7 +96,9 @@ def bwd_kernel(
         value = tl.load(h + start + i, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd + r)
         if CENTRED:
-            value = value - tl.load(mean + r)
+            # Twice: rounded, a large mean has lost what values that hardly vary consist of.
+            value = tl.where(inside, value - tl.load(mean + r), 0.0)
+            value = value - tl.sum(value, axis=0) / n
         xhat = tl.where(inside, value * scale, 0.0)
         g = d * w
         c2 = tl.sum(g * xhat, axis=0) / n
@@ -133,6 +135,7 @@ def bwd_long_kernel(
         centre = 0.0
         if CENTRED:
             centre = tl.load(mean + r)
+        x_sums = tl.zeros((BLOCK,), dtype=tl.float32)
         g_sums = tl.zeros((BLOCK,), dtype=tl.float32)
         gx_sums = tl.zeros((BLOCK,), dtype=tl.float32)
         for c in range(0, n, BLOCK):
@@ -141,18 +144,22 @@ def bwd_long_kernel(
             value = tl.load(h + start + c + i, mask=inside, other=0.0).to(tl.float32)
             if WEIGHT:
                 g = g * tl.load(weight + c + i, mask=inside, other=0.0).to(tl.float32)
+            xhat = tl.where(inside, (value - centre) * scale, 0.0)
+            x_sums += xhat
             g_sums += g
-            gx_sums += g * tl.where(inside, (value - centre) * scale, 0.0)
+            gx_sums += g * xhat
         c1 = 0.0
+        left = 0.0  # what rounding has left of the mean
         if CENTRED:
             c1 = tl.sum(g_sums, axis=0) / n
-        c2 = tl.sum(gx_sums, axis=0) / n
+            left = tl.sum(x_sums, axis=0) / n
+        c2 = tl.sum(gx_sums, axis=0) / n - left * c1
         for c in range(0, n, BLOCK):
             inside = c + i < n
             at = start + c + i
             d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
             value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-            xhat = (value - centre) * scale
+            xhat = (value - centre) * scale - left
             g = d
             if WEIGHT:
                 g = d * tl.load(weight + c + i, mask=inside, other=0.0).to(tl.float32)

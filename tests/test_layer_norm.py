@@ -31,6 +31,25 @@ def test_a_large_mean(name: str, backend: str) -> None:
     assert not complaints, harness.summary(complaints)
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm"])
+def test_weight_gradient_at_a_large_mean(name: str, backend: str) -> None:
+    """Of one row: no other row's error hides what rounding the mean has left out."""
+    device = harness.device(backend)
+    for n in (64, 4097, 20_000):
+        if n > 4097 and harness.kind(backend) == "triton, interpreted":
+            continue
+        for seed in range(4 if n < 10_000 else 1):
+            make = Make(torch.float32, device, f"large {seed}")
+            x = make(1, n, scale=1.0) + 1e4
+            given = (x,) if name == "layer_norm" else (x, torch.zeros_like(x))
+            case = Case(f"{n}", (*given, (n,), make(n)))
+            op = TABLE[name]
+            wanted = harness.run(op.reference, case.to(torch.float64), torch.float32)[-1]
+            got = harness.run(harness.on(op, backend), case, torch.float32)[-1]
+            error = (got.double() - wanted).abs().max().item()
+            assert error <= 4e-7 * wanted.abs().max().item(), (n, seed)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [16_392, 40_968])
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm"])

@@ -21,6 +21,7 @@ def layer_norm_definition(
 ) -> Tensor:
     over = tuple(range(-dims, 0))
     d = x - x.mean(over, keepdim=True)
+    d = d - d.mean(over, keepdim=True)  # what rounding has left of a large mean
     y = d * torch.rsqrt((d * d).mean(over, keepdim=True) + eps)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
