@@ -7,11 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
 from pydl.backends import FLOATS, choose
 from pydl.ops import bias_act
 from pydl.ops.channel_norm import RULE, call, measured_as
+from pydl.traced import hand_over, proxied
 
 
 def _check(op: str, input: Tensor, residual: Tensor | None = None, **of_channels: Any) -> None:
@@ -117,6 +119,10 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias) and proxied(
+        input, running_mean, running_var, weight, bias
+    ):
+        return hand_over(batch_norm, locals())
     chosen = choose("batch_norm", backend, input, key=measured_as)
     if chosen == "torch":
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -165,6 +171,10 @@ def batch_norm_act(
         ValueError: training with one value a channel; there is no such activation.
         RuntimeError: shapes or dtypes do not fit.
     """
+    if has_torch_function_variadic(
+        input, running_mean, running_var, weight, bias, residual
+    ) and proxied(input, running_mean, running_var, weight, bias, residual):
+        return hand_over(batch_norm_act, locals())
     given = (input,) if residual is None else (input, residual)
     chosen = choose("batch_norm_act", backend, *given, key=measured_as)
     if chosen == "torch":
@@ -244,6 +254,10 @@ def instance_norm(
 
     Source: Ulyanov et al. 2016, arXiv 1607.08022.
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias) and proxied(
+        input, running_mean, running_var, weight, bias
+    ):
+        return hand_over(instance_norm, locals())
     chosen = choose("instance_norm", backend, input, key=measured_as)
     if chosen == "torch":
         return F.instance_norm(
@@ -312,6 +326,8 @@ def group_norm(
 
     Source: Wu and He 2018, arXiv 1803.08494.
     """
+    if has_torch_function_variadic(input, weight, bias) and proxied(input, weight, bias):
+        return hand_over(group_norm, locals())
     if input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype in FLOATS[1:3]:
         input = input.float()
     chosen = choose("group_norm", backend, input, key=measured_as)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
 from pydl.autograd import Rule, wide
@@ -22,6 +23,7 @@ from pydl.backends import choose
 from pydl.ops.bias_act import lowered
 from pydl.ops.product import product, projected
 from pydl.ops.score import ADDITIVE, GAUSSIAN, Score, gradients, prepared, scores
+from pydl.traced import hand_over, proxied
 
 # What one chunk of queries may make: of (batch, queries, keys, width) in PyTorch, of (batch,
 # queries, keys) by kernels. 4 MiB in fp32.
@@ -173,6 +175,10 @@ def additive_attention(
 
     Source: Bahdanau et al. 2014, arXiv 1409.0473.
     """
+    if has_torch_function_variadic(query, keys, values, w_q, w_k, w_v, mask) and proxied(
+        query, keys, values, w_q, w_k, w_v, mask
+    ):
+        return hand_over(additive_attention, locals())
     op = "additive_attention"
     query, keys, values, w_q, w_k, w_v = lowered(query, keys, values, w_q, w_k, w_v)
     chosen = choose(op, backend, query, keys, values, w_q, w_k, w_v)
@@ -246,6 +252,8 @@ def gaussian_attention(
 
     Source: Nadaraya 1964, doi 10.1137/1109020; Watson 1964, jstor 25049340.
     """
+    if has_torch_function_variadic(query, keys, values, w) and proxied(query, keys, values, w):
+        return hand_over(gaussian_attention, locals())
     op = "gaussian_attention"
     query, keys, values, w = lowered(query, keys, values, w)
     chosen = choose(op, backend, query, keys, values, w)
