@@ -20,11 +20,11 @@ from typing import Any
 from torch import nn
 
 from pydl import nn as pydl_nn
-from pydl.fuse_chain import NOTHING, UNKNOWN, chains
+from pydl.fuse_chain import NORMS, NOTHING, UNKNOWN, chains
 from pydl.fuse_class import Site, derive, obstacle
 from pydl.fuse_part import LEFT, Kinds, Part, told
 from pydl.fuse_source import Method, Unreadable
-from pydl.fuse_step import PRODUCERS
+from pydl.fuse_step import PRODUCERS, ends, sequential
 from pydl.fuse_sum import sums
 from pydl.fuse_write import Chain
 from pydl.nn.derived import Form
@@ -98,7 +98,9 @@ class _Container:
         self, found: Found, parts: dict[str, Part], left: dict[int, str], kinds: Kinds,
         methods: _Methods, backend: str | None,
     ) -> None:  # fmt: skip
-        self.found, self.module, self.parts = found, found.module, parts
+        self.found, self.module = found, found.module
+        self.tails = self._tails(parts)
+        self.parts = {**self.tails, **parts}
         self.left, self.kinds = left, kinds
         now = type(found.module)
         self.base: type[Any] = vars(now).get("_pydl_base", now)
@@ -112,24 +114,41 @@ class _Container:
             if self.base.forward is nn.Sequential.forward:
                 self._sequential()
             else:
-                for name, function, mentioned in methods.mentioning(self.base, parts):
+                for name, function, mentioned in methods.mentioning(self.base, self.parts):
                     self._method(name, function, mentioned)
             if self.sites != self.before:
                 self.cls = derive(self.base, frozenset(self.sites), backend)
         except Unreadable as why:
             fused = {one.path for one in self.fused}
             self.fused.clear()
-            for path, part in parts.items():
+            for path, part in self.parts.items():
                 if part.path in fused or "." not in path:
                     part.fused, part.why = False, part.why or str(why)
+
+    def _tails(self, parts: dict[str, Part]) -> dict[str, Part]:
+        """The batch normalisations that an `nn.Sequential` below ends with, by its path."""
+        found = {}
+        for path, part in parts.items():
+            above, _, name = path.rpartition(".")
+            while part.kind == "norm" and above:
+                module = self._at(above)
+                if not sequential(module) or module is None or name != list(module._modules)[-1]:
+                    break
+                found[above] = part
+                above, _, name = above.rpartition(".")
+        return found
+
+    def _kind(self, path: str) -> str | None:
+        part = self.parts.get(path)
+        return None if part is None else "tail" if path in self.tails else part.kind
 
     def _sequential(self) -> None:
         """A normalisation or linear layer and what follows it in an `nn.Sequential`."""
         names = list(self.module._modules)
         for index, name in enumerate(names):
-            part = self.parts.get(name)
-            if part is not None and part.kind in ("norm", "linear"):
-                chain = Chain(part.kind, name, _SOMEWHERE)
+            kind = self._kind(name)
+            if kind is not None and kind in (*NORMS, "linear"):
+                chain = Chain(kind, name, _SOMEWHERE)
                 for after in names[index + 1 :]:
                     if not self._is_identity(after):
                         chain.module, chain.act = after, _SOMEWHERE
@@ -148,7 +167,7 @@ class _Container:
             return
         taken: list[ast.AST | None] = []
         # An activation is taken by a normalisation before it, else by a product, else by a layer.
-        for kind in ("norm", "gate", "linear", "sum"):
+        for kind in (*NORMS, "gate", "linear", "sum"):
             for chain in found:
                 if chain.kind == kind:
                     places = [chain.call] if kind == "gate" else [chain.act, chain.add]
@@ -158,8 +177,8 @@ class _Container:
                         taken += places
 
     def _starts(self, kind: str, key: str) -> bool:
-        part = self.parts.get(key)
-        return part.kind == kind if part is not None else kind == "gate" and "(" in key
+        known = self._kind(key)
+        return known == kind if known is not None else kind == "gate" and "(" in key
 
     def _decide(self, method: str, chain: Chain) -> bool:
         part, act = self.parts.get(chain.key), self._at(chain.module)
@@ -169,8 +188,10 @@ class _Container:
                 part.fused = True
             return chain.why is None
         if why := (part.obstacle if part else None) or self._refusal(chain, part, act):
-            if part is not None and (chain.kind == "norm" or chain.end is not None):
-                part.why = part.why or why
+            if part is not None and (chain.kind in NORMS or chain.end is not None):
+                # Nothing follows within an `nn.Sequential`: what is around it says more.
+                within = chain.kind == "tail" and part.why == NOTHING
+                part.why = why if within else part.why or why
             return False
         if part is not None:
             part.fused = True
@@ -178,7 +199,9 @@ class _Container:
         last = type(act).__name__ if act is not None else (chain.function or ("",))[0]
         first = type(part.module).__name__ if part is not None else last
         what, reason = {
-            "norm": ([first, *(["add"] if chain.add else []), last], chain.module or last),
+            **dict.fromkeys(
+                NORMS, ([first, *(["add"] if chain.add else []), last], chain.module or last)
+            ),
             "linear": ([first, last], chain.module or last),
             "gate": ([first, "multiply"], "the product"),
             "sum": (["add", first], ""),
@@ -193,7 +216,7 @@ class _Container:
         """Why these very modules are not fused, where the source allows it."""
         if chain.why is not None:
             return chain.why
-        if chain.kind in ("norm", "linear"):
+        if chain.kind in (*NORMS, "linear"):
             if chain.function is None and act is None:
                 return f"{chain.module} follows it, which is no module" if chain.module else NOTHING
             if act is not None and (why := self.left.get(id(act))):
@@ -205,6 +228,12 @@ class _Container:
                 return "what follows it has hooks, which see its output"
         if chain.kind == "linear" and part is not None and part.module.bias is None:
             return "it has no bias"
+        if chain.kind in NORMS and any(_within(path, chain.key) for path in chain.called):
+            return "a module runs before the pass ends that may call it too"
+        if chain.kind == "tail":
+            _, before = ends(self._at(chain.key))
+            if type(before) not in PRODUCERS or hooked(before):
+                return "what makes its input may give it to others too"
         if chain.producer is not None:
             producer = self._at(chain.producer)
             if type(producer) not in PRODUCERS or producer is None or hooked(producer):
@@ -230,6 +259,11 @@ class _Container:
 
     def _is_identity(self, path: str) -> bool:
         return type(self._at(path)) is nn.Identity
+
+
+def _within(path: str, key: str) -> bool:
+    """Whether one path is the other or leads to it."""
+    return f"{path}.".startswith(f"{key}.") or f"{key}.".startswith(f"{path}.")
 
 
 class _Methods:

@@ -19,7 +19,8 @@ CONDITIONAL = (
     ast.SetComp,
 )  # fmt: skip
 EFFECTS = (ast.AugAssign, ast.Call, ast.NamedExpr)
-KINDS = ("norm", "linear", "gate")
+KINDS = ("norm", "tail", "linear", "gate")
+NORMS = ("norm", "tail")
 _STATISTICS = {"_buffers", "num_batches_tracked", "running_mean", "running_var"}
 NOTHING = "no activation follows it"
 UNKNOWN = "follows it, which is no activation that the pass has"
@@ -48,8 +49,9 @@ def chains(method: Method, starts: Starts, is_identity: Predicate) -> list[Chain
                         chain.why = str(refusal)
     keys = [chain.key for chain in found]
     for chain in found:
-        if chain.kind == "norm" and keys.count(chain.key) > 1:
-            chain.why = f"{method.node.name} calls it more than once"
+        if chain.kind in NORMS and keys.count(chain.key) > 1:
+            more = f"{method.node.name} calls it more than once"
+            chain.why = chain.why or more if chain.kind == "tail" else more
     return found[::-1]
 
 
@@ -164,7 +166,7 @@ class _Follower:
 
     def _is_residual(self, node: ast.AST) -> bool:
         """Whether what is normalised is added to something here, for the first time."""
-        free = self.chain.kind == "norm" and self.chain.add is None
+        free = self.chain.kind in NORMS and self.chain.add is None
         return free and isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)
 
     def _stored(self, statement: ast.stmt, node: ast.AST) -> str:
@@ -187,7 +189,7 @@ class _Follower:
             if not mentions:
                 continue
             if isinstance(statement, ast.AugAssign) and mentions == [statement.target]:
-                free = self.chain.kind == "norm" and self.chain.add is None
+                free = self.chain.kind in NORMS and self.chain.add is None
                 if not isinstance(statement.op, ast.Add) or not free:
                     raise Refused(NOTHING)
                 self.chain.add = statement
@@ -238,7 +240,7 @@ class _Follower:
             and not (one is statements[0] and places(n)[0] < begin)
             and not (one is statements[-1] and places(n)[0] >= end)
         ]  # fmt: skip
-        if chain.kind == "norm" and any(
+        if chain.kind in NORMS and any(
             isinstance(node, ast.Attribute) and node.attr in _STATISTICS for node in nodes
         ):
             raise Refused("code reads running statistics before the pass ends")
@@ -251,7 +253,7 @@ class _Follower:
                 if path is None:
                     raise Refused("code runs before the pass ends that is no module's call")
                 chain.called.append(path)
-        if chain.called:
+        if chain.called and chain.kind != "tail":  # which knows what makes its input when it runs
             chain.producer = self._producer()
             if chain.producer is None:
                 raise Refused("a module runs before the pass ends that may see what it is given")

@@ -20,6 +20,7 @@ from pydl.fuse_step import (
     Layer,
     Pending,
     activation,
+    ends,
     gated,
     makes,
     still,
@@ -44,6 +45,11 @@ class Fused:
         """A batch normalisation's or linear layer's call; `producer`: what made the input, where
         code runs before the activation."""
         input = value_of(input)
+        if isinstance(bn, nn.Sequential):
+            last, before = ends(bn)
+            if not isinstance(input, Tensor) or type(last) not in BATCH_NORMS or not makes(before):
+                return bn(input)
+            bn, input = last, self._pydl_until(bn, last, input)
         if type(bn) in LINEARS:
             free = worthwhile(bn, input, self._pydl_backend) and plain(bn) and makes(producer)
             return Layer(bn, input) if free else bn(input)
@@ -151,6 +157,15 @@ class Fused:
         """`norm(first + second)`."""
         return normed(norm, first, second)
 
+    def _pydl_until(self, module: Any, last: Any, input: Any) -> Any:
+        """What a Sequential gives to the last of its modules."""
+        names = getattr(type(module), "_pydl_names", ())
+        own = module if names else self
+        *first, (_, end) = module._modules.items()
+        for name, one in first:
+            input = own._pydl_begin(one, input) if name in names else own._pydl_end(one, input)
+        return value_of(input) if end is last else self._pydl_until(end, last, value_of(input))
+
     def _pydl_sequential(self, input: Any) -> Any:
         """`nn.Sequential.forward`."""
         names = type(self)._pydl_names  # type: ignore[attr-defined]
@@ -160,3 +175,6 @@ class Fused:
             else:
                 input = self._pydl_end(module, input)
         return value_of(input)
+
+
+Fused._pydl_sequential._pydl_runs = nn.Sequential.forward  # type: ignore[attr-defined]

@@ -157,6 +157,26 @@ def makes(producer: Any) -> bool:
     return producer is None or (type(producer) in PRODUCERS and plain(producer))
 
 
+def sequential(module: Any) -> bool:
+    """Whether calling a module calls what is in it, one after the other, and nothing sees it."""
+    return (
+        isinstance(module, nn.Sequential)
+        and len(module._modules) > 1
+        and getattr(type(module).forward, "_pydl_runs", type(module).forward)
+        is nn.Sequential.forward
+        and type(module).__call__ is nn.Module.__call__
+        and plain(module)
+    )
+
+
+def ends(module: Any) -> tuple[Any, Any]:
+    """What an `nn.Sequential` ends with, and the module before that."""
+    before = None
+    while sequential(module):
+        *_, before, module = module._modules.values()
+    return module, before
+
+
 def gated(gate: Gate, up: Tensor) -> Tensor:
     return functional.gated_act(
         gate.input, up, gate.act, act_param=gate.parameter, backend=gate.backend

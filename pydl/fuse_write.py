@@ -15,8 +15,9 @@ class Chain:
     """A call, what its output passes through, and where it ends.
 
     Attributes:
-        kind: "norm", a batch normalisation up to its activation; "linear", a linear layer up to
-            one; "gate", an activation up to a product; "sum", an addition and its normalisation.
+        kind: "norm", a batch normalisation up to its activation; "tail", an `nn.Sequential` that
+            ends with one, likewise; "linear", a linear layer up to an activation; "gate", an
+            activation up to a product; "sum", an addition and its normalisation.
         key: The path of the module that is called, below that whose method it is; of a function,
             its call as written.
         call: Where it is called.
@@ -69,7 +70,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def __init__(self, method: Method, chains: list[Chain]) -> None:
         self.method = method
-        to_act = [chain for chain in chains if chain.kind in ("norm", "linear")]
+        to_act = [chain for chain in chains if chain.kind in ("norm", "tail", "linear")]
         gates = [chain for chain in chains if chain.kind == "gate"]
         self.begins = {chain.call: chain.producer for chain in to_act}
         self.adds = {chain.add for chain in to_act}

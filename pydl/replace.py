@@ -22,7 +22,7 @@ from pydl.measured import measure
 from pydl.nn.derived import Form, derive
 from pydl.recognise import Recogniser, candidate, is_derived, named, origin
 from pydl.report import Fusion, Replaced, Report, Skipped, Swap, class_name
-from pydl.walk import Filter, Found, Patterns, walk
+from pydl.walk import Filter, Found, Patterns, Place, walk
 
 __all__ = ["TWINS", "Fusion", "Replaced", "Report", "Skipped", "register_twin", "replace"]
 
@@ -116,11 +116,27 @@ def _obstacle(found: Found, base: type, backend: str | None) -> str | None:
     if "backend" in own:
         return "has an attribute `backend` of its own"
     for place in found.places:
+        if quantised := _quantised(found, place):
+            return quantised
         # By name, since importing what torch.compile needs takes seconds.
         if type(place.parent).__name__ == "OptimizedModule":
             return "is compiled by itself; replace before torch.compile"
         if place.parent is not None and place.name in vars(place.parent):
             return f"is also an ordinary attribute of {class_name(type(place.parent))}"
+    return None
+
+
+def _quantised(found: Found, place: Place) -> str | None:
+    """Why torch's quantisation, which looks exact types up, is to find a module as it is, or None.
+
+    A module without a `qconfig` takes that of what it is in; None is for no quantisation.
+    """
+    if hasattr(found.module, "qconfig"):
+        return "has a qconfig, to be quantised" if found.module.qconfig is not None else None
+    for path, container in reversed(place.above):
+        if hasattr(container, "qconfig"):
+            where = path or "the model"
+            return f"is in {where}, which has a qconfig" if container.qconfig is not None else None
     return None
 
 

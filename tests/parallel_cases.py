@@ -92,6 +92,19 @@ def _attention() -> Iterator[tuple[str, Case]]:
     )  # fmt: skip
 
 
+def _scores() -> Iterator[tuple[str, Case]]:
+    """The queries are cut, the keys lie whole."""
+    additive, gaussian = F.additive_attention, F.gaussian_attention
+    weights = ((6, 8), (6, 5), (6,))
+    given = ((4, 3, 8), (4, 7, 5), (4, 7, 2))
+    yield "additive_attention", Case(additive, (*given, *weights), (0, 1))
+    heads = tuple((n, 2, *rest) for n, *rest in given)
+    yield "additive_attention of heads", Case(additive, (*heads, *weights), (0, 1, 2))
+    alike = ((4, 3, 8), (4, 7, 8), (4, 7, 2))
+    yield "gaussian_attention", Case(gaussian, (*alike, (8,)), (0, 1))
+    yield "gaussian_attention of numbers", Case(gaussian, ((4,), (7,), (7,), (1,)), (0,))
+
+
 def _flat(found: Any) -> tuple[Tensor, ...]:
     out, state = found
     return (out, *state)
@@ -109,7 +122,7 @@ def cases() -> dict[str, Case]:
     )
     found["gated_act"] = Case(lambda a, b: F.gated_act(a, b), (X, X), (0, 1, 2), 2)
     found["in place"] = Case(lambda x: F.relu(x * 1, inplace=True), (X,), (0, 1, 2))
-    return {**found, **dict(_norms()), **dict(_attention())}
+    return {**found, **dict(_norms()), **dict(_attention()), **dict(_scores())}
 
 
 def _smaller(case: Case, *shapes: tuple[int, ...]) -> Case:
@@ -132,5 +145,6 @@ CASES |= {
         "local_attention": (*_ONE, (1, 3)),
         "attention of one query": ((1, 1, 1, 8), *[(1, 1, 9, 8)] * 2),
         "linear_attention": _ONE,
+        "gaussian_attention": ((1, 1, 8), (1, 7, 8), (1, 7, 2), (8,)),
     }.items()
 }

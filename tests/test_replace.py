@@ -88,6 +88,43 @@ def test_a_subclass_is_left_alone_and_named() -> None:
     assert "Mine" in str(report.skipped)
 
 
+def test_what_is_to_be_quantised_is_left_alone() -> None:
+    """As torch's quantisation has it: a module goes by its own qconfig, else by its container's."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.GELU()), nn.SiLU())
+    model[0].qconfig, model[0][0].qconfig, model[0][2].qconfig = "some", "other", None
+    report = pydl.replace(model)
+    assert [one.path for one in report.replaced] == ["0.2", "1"] and not report.fused
+    why = {one.path: one.why for one in report.skipped}
+    assert why == {"0.0": "has a qconfig, to be quantised", "0.1": "is in 0, which has a qconfig"}
+    assert type(model[0][0]) is nn.Linear and type(model[0][1]) is nn.ReLU
+    model = nn.Sequential(nn.ReLU())
+    model.qconfig = "some"
+    assert pydl.replace(model).skipped[0].why == "is in the model, which has a qconfig"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_model_that_is_prepared_for_quantisation_converts_after_replace() -> None:
+    from torch.ao import quantization
+
+    x, found = torch.randn(8, 6), []
+    for replaced in (False, True):
+        torch.manual_seed(0)
+        parts = (quantization.QuantStub(), nn.Linear(6, 5), nn.ReLU(), quantization.DeQuantStub())
+        model = nn.Sequential(*parts, nn.GELU()).eval()
+        model[4].qconfig = None
+        model.qconfig = quantization.default_qconfig
+        if replaced:
+            assert [one.path for one in pydl.replace(model)] == ["4"]
+        model = quantization.prepare(model)
+        if replaced:
+            assert not pydl.replace(model)
+        model(x)
+        model = quantization.convert(model)
+        assert "quantized" in type(model[1]).__module__
+        found.append(type(model[4]))
+    assert found == [nn.GELU, pydl.nn.GELU]
+
+
 def test_hooks_go_on_working() -> None:
     model, seen = nn.Sequential(nn.ReLU()), []
     handle = model[0].register_forward_hook(lambda *args: seen.append(1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydl.functional import additive_attention, gaussian_attention
-from pydl.ops import score_attention
+from pydl.ops import score_rule
 
 SHAPES = [((), 5, 7), ((2,), 1, 1), ((2, 3), 4, 5), ((0,), 2, 3), ((2,), 0, 3), ((2,), 3, 0)]
 kernels = pytest.mark.parametrize("asked", ["torch", "cpu"])
@@ -45,7 +45,7 @@ def test_additive(
     batch: tuple, queries: int, keys: int, asked: str | None, chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(score_attention, "CHUNK", chunk)
+    monkeypatch.setattr(score_rule, "CHUNK", chunk)
     given = (random(*batch, queries, 4), random(*batch, keys, 6), random(*batch, keys, 3))
     given = (*given, random(8, 4), random(8, 6), random(8))
     got = additive_attention(*given, backend=asked)
@@ -60,7 +60,7 @@ def test_gaussian(
     batch: tuple, queries: int, keys: int, asked: str | None, chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(score_attention, "CHUNK", chunk)
+    monkeypatch.setattr(score_rule, "CHUNK", chunk)
     given = (random(*batch, queries, 4), random(*batch, keys, 4), random(*batch, keys, 3))
     for w in (random(4), random(1), random()):
         leaves = (*given, w)
@@ -106,7 +106,7 @@ def test_mask(shape: tuple, asked: str | None) -> None:
 @kernels
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 def test_gradients(asked: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_attention, "CHUNK", chunk)
+    monkeypatch.setattr(score_rule, "CHUNK", chunk)
     mask = torch.rand(3, 4) > 0.3
     mask[:, 0], mask[1] = True, False
     given = (random(2, 3, 2), random(2, 4, 3), random(2, 4, 2), random(5, 2), random(5, 3))
@@ -155,7 +155,7 @@ def test_never_stores_all_pairs(asked: str) -> None:
             q, k, v, torch.randn(64, 64), torch.randn(64, 64), torch.randn(64), backend=asked
         ).sum().backward()
         gaussian_attention(q, k, v, torch.tensor(0.5), backend=asked).sum().backward()
-    assert largest.seen <= score_attention.CHUNK < 2 * 300 * 300 * 64
+    assert largest.seen <= score_rule.CHUNK < 2 * 300 * 300 * 64
 
 
 @kernels

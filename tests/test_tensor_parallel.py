@@ -181,6 +181,40 @@ def mixed(mesh: Any) -> None:
     )
 
 
+def scores(mesh: Any) -> None:
+    """Batches of queries, keys and values are cut alike, masks with them or for all."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    shapes = ((4, 3, 8), (4, 7, 5), (4, 7, 2), (6, 8), (6, 5), (6,))
+    seen = torch.rand(4, 3, 7, generator=torch.Generator().manual_seed(2)) > 0.4
+    for mask in (None, seen, seen[:1], seen[0], seen[0, 0], seen[:, :1]):
+        plain = [t.requires_grad_() for t in drawn(shapes)]
+        want = F.additive_attention(*plain, mask)
+        want.square().sum().backward()
+        for backend in ("cpu", "torch"):
+            places = [Shard(0)] * 3 + [Replicate()] * 3
+            tensors = [placed(t.detach(), mesh, p) for t, p in zip(plain, places, strict=True)]
+            whole = None if mask is None else placed_mask(mask, mesh)
+            with watched() as counts, CommDebugMode() as collectives:
+                y = F.additive_attention(*tensors, whole, backend=backend)
+                y.square().sum().backward()
+            assert collectives.get_total_counts() == 0 and bool(counts) == (backend == "cpu")
+            assert y.placements == (Shard(0),)
+            torch.testing.assert_close(y.full_tensor(), want)
+            for ours, theirs, place in zip(tensors, plain, places, strict=True):
+                assert ours.grad.placements == ((place,) if place.is_shard() else (_SUM(),))
+                torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+    q, k, v = drawn(((4, 3, 8), (4, 7, 8), (4, 7, 2)))
+    w = torch.tensor(0.5, dtype=q.dtype)
+    cut, width = [placed(t, mesh, Shard(0)) for t in (q, k, v)], placed(w, mesh, Replicate())
+    with CommDebugMode() as collectives:
+        y = F.gaussian_attention(*cut, width)
+    assert collectives.get_total_counts() == 0, collectives.comm_counts
+    assert y.placements == (Shard(0),), y.placements
+    torch.testing.assert_close(y.full_tensor(), F.gaussian_attention(q, k, v, w))
+
+
 def placed_mask(mask: Tensor, mesh: Any) -> Tensor:
     from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -347,8 +381,8 @@ def trained(mesh: Any) -> None:
         torch.testing.assert_close(found[2], found[0], rtol=1e-8, atol=1e-11)
 
 
-MORE = {f.__name__: f for f in (mixed, two_dimensions, differentiated_twice, dropout, automatic,
-                                errors, compiled, trained)}  # fmt: skip
+MORE = {f.__name__: f for f in (mixed, scores, two_dimensions, differentiated_twice, dropout,
+                                automatic, errors, compiled, trained)}  # fmt: skip
 
 
 def work(rank: int, world: int, folder: Path) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from pydl import functional as F
 from pydl.backends import choose, requested
 from pydl.nn.activation import HasBackend
 from pydl.ops.product import linear_layer
+from pydl.traced import as_node, proxied
 
 OP = "scaled_dot_product_attention"
 
@@ -84,6 +86,10 @@ class MultiheadAttention(HasBackend, nn.MultiheadAttention):
         Returns:
             The result, and the weights or None.
         """
+        if has_torch_function_variadic(query, key, value, key_padding_mask, attn_mask) and proxied(
+            query, key, value, key_padding_mask, attn_mask
+        ):
+            return as_node(self, locals())
         plain = need_weights and requested(self.backend) is None
         if plain or choose(OP, self.backend, query) == "torch":
             return super().forward(

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from pydl import functional as F
 from pydl.nn.activation import HasBackend
 from pydl.ops.dot_product import Window, window_of
 from pydl.ops.philox import check_rate
+from pydl.traced import as_node, proxied
 
 
 class ScaledDotProductAttention(HasBackend, nn.Module):
@@ -58,6 +60,10 @@ class ScaledDotProductAttention(HasBackend, nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
+        if has_torch_function_variadic(query, key, value, attn_mask) and proxied(
+            query, key, value, attn_mask
+        ):
+            return as_node(self, locals())
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, self.dropout_p if self.training else 0.0, self.is_causal,
             self.scale, self.enable_gqa, causal_alignment=self.causal_alignment,
@@ -127,6 +133,10 @@ class LocalAttention(HasBackend, nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None
     ) -> Tensor:
+        if has_torch_function_variadic(query, key, value, key_padding_mask) and proxied(
+            query, key, value, key_padding_mask
+        ):
+            return as_node(self, locals())
         return F.local_attention(
             query, key, value, self.window_size, causal=self.causal,
             key_padding_mask=key_padding_mask, bias=self.bias,

@@ -10,11 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import has_torch_function_variadic
 
 from pydl import functional as F
 from pydl.nn.activation import HasBackend
 from pydl.ops.bias_act import named
 from pydl.ops.sync_batch_norm import sync_batch_norm
+from pydl.traced import as_node, proxied
 
 Statistics = tuple[Tensor | None, Tensor | None, bool, float]
 
@@ -53,6 +55,8 @@ class _Plain(BatchStatistics):
     """Batch normalisation and nothing else."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and proxied(input):
+            return as_node(self, locals())
         self._check_input_dim(input)
         mean, var, training, momentum = self._statistics()
         return F.batch_norm(
@@ -154,6 +158,8 @@ class BatchNormAct(BatchStatistics):
             )
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if has_torch_function_variadic(input, residual) and proxied(input, residual):
+            return as_node(self, locals())
         self._check_input_dim(input)
         mean, var, training, momentum = self._statistics()
         if self.synchronised and self.training and (group := several(self.process_group)):
@@ -196,7 +202,12 @@ class GroupNorm(HasBackend, nn.GroupNorm):
 
 
 class _Instance(HasBackend, _InstanceNorm):
-    """Instance normalisation; torch's own forward checks the input and calls this."""
+    """Instance normalisation; torch's own forward checks the input and calls what follows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and proxied(input):
+            return as_node(self, locals())
+        return super().forward(input)
 
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
         return F.instance_norm(

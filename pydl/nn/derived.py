@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pydl import functional
 from pydl.backends import choose, requested
 from pydl.nn.activation import HasBackend
+from pydl.traced import as_node, proxied
 
 
 class Form(NamedTuple):
@@ -55,6 +56,8 @@ class Derived(HasBackend, nn.Module):
         form = self._pydl_form
         if len(args) == 1 and not kwargs:
             x = args[0]
+            if type(x) is not Tensor and proxied(x):
+                return as_node(self, locals())
             free = self._pydl_own and self.backend is None and requested(None) is None
             if not (free and choose(form.function, None, x) == "torch") and covers(form, self, x):
                 return apply(form, self, x, self.backend)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from pydl import functional as F
 from pydl.backends import choose, requested
@@ -16,6 +17,7 @@ from pydl.nn.linear import Linear
 from pydl.nn.norm import LayerNorm
 from pydl.nn.steps import LINEARS, added, adds, biased, normed, plain
 from pydl.ops.product import linear_layer
+from pydl.traced import as_node, proxied
 
 
 class TransformerEncoderLayer(HasBackend, nn.TransformerEncoderLayer):
@@ -100,6 +102,10 @@ class TransformerEncoderLayer(HasBackend, nn.TransformerEncoderLayer):
             src_key_padding_mask: See `MultiheadAttention`, `key_padding_mask`.
             is_causal: See `MultiheadAttention`.
         """
+        if has_torch_function_variadic(src, src_mask, src_key_padding_mask) and proxied(
+            src, src_mask, src_key_padding_mask
+        ):
+            return as_node(self, locals())
         if src.is_nested and requested(self.backend) not in (None, "torch"):
             # torch.nn.TransformerEncoder hands sequences of different lengths on in this form.
             if src_mask is not None or src_key_padding_mask is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from pydl import functional as F
 from pydl.backends import choose
 from pydl.nn.activation import HasBackend
 from pydl.ops.bias_act import named
 from pydl.ops.philox import check_rate
+from pydl.traced import as_node, proxied
 
 
 def _halves(name: str, input: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -57,6 +59,8 @@ class GatedAct(HasBackend, nn.Module):
         self.act_param = act_param
 
     def forward(self, input: Tensor, up: Tensor | None = None) -> Tensor:
+        if has_torch_function_variadic(input, up) and proxied(input, up):
+            return as_node(self, locals())
         gate = input
         if up is None:
             gate, up = _halves(type(self).__name__, input, self.dim)
@@ -144,6 +148,8 @@ class GLU(HasBackend, nn.GLU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and proxied(input):
+            return as_node(self, locals())
         # torch fuses this one, backward too, so it is the automatic choice until an op `glu` is
         # measured.
         if choose("glu", self.backend, input) == "torch":
@@ -203,6 +209,8 @@ class BiasAct(HasBackend, nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and proxied(input):
+            return as_node(self, locals())
         return F.bias_act(
             input,
             self.bias,

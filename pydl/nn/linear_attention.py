@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from pydl import functional as F
 from pydl.autograd import wide_dtype
@@ -13,6 +14,7 @@ from pydl.nn.activation import HasBackend
 from pydl.nn.linear import Linear
 from pydl.ops.linear import FeatureMap, State, feature_number
 from pydl.ops.product import linear_layer
+from pydl.traced import as_node, proxied
 
 
 class LinearAttention(HasBackend, nn.Module):
@@ -157,6 +159,10 @@ class LinearAttention(HasBackend, nn.Module):
         """Attends to `context`, or to `x` itself, but for its tokens where `key_padding_mask`, (B,
         S), is True; in the causal form also to what `state` holds, as returned. Returns (B, L,
         dim), and with `return_state` the state after the last token."""
+        if (
+            state is not None or has_torch_function_variadic(x, context, key_padding_mask)
+        ) and proxied(x, context, key_padding_mask, state):
+            return as_node(self, locals())
         if context is not None and self.causal:
             raise RuntimeError("pydl: LinearAttention: a context was given, but causal takes none")
         if (state is not None or return_state) and not self.causal:

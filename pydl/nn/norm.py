@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from pydl import functional as F
 from pydl.nn.activation import HasBackend
 from pydl.ops.philox import check_rate
+from pydl.traced import as_node, proxied
 
 
 class LayerNorm(HasBackend, nn.LayerNorm):
@@ -102,6 +104,8 @@ class AddLayerNorm(_Adding, nn.LayerNorm):
         self.dropout_p = check_rate("AddLayerNorm", dropout_p)
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if has_torch_function_variadic(input, residual) and proxied(input, residual):
+            return as_node(self, locals())
         return F.add_layer_norm(
             input, residual, self.normalized_shape, self.weight, self.bias, self.eps,
             self.dropout_p, self.training, backend=self.backend,
@@ -143,6 +147,8 @@ class AddRMSNorm(_Adding, nn.RMSNorm):
         self.dropout_p = check_rate("AddRMSNorm", dropout_p)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if has_torch_function_variadic(x, residual) and proxied(x, residual):
+            return as_node(self, locals())
         return F.add_rms_norm(
             x, residual, self.normalized_shape, self.weight, self.eps, self.dropout_p,
             self.training, backend=self.backend,

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pydl import functional as F
 from pydl.nn.batch_norm import BatchNorm2d, BatchNormAct, BatchStatistics, several
 from pydl.ops.sync_batch_norm import sync_batch_norm
+from pydl.traced import as_node, proxied
 
 
 class SyncBatchNorm(BatchStatistics, nn.SyncBatchNorm):
@@ -39,6 +40,8 @@ class SyncBatchNorm(BatchStatistics, nn.SyncBatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and proxied(input):
+            return as_node(self, locals())
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         mean, var, training, momentum = self._statistics()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
 from pydl.backends import FLOATS, choose
 from pydl.ops import definitions
 from pydl.ops.pointwise import learnt, run, unary
+from pydl.traced import hand_over, proxied
 
 SIGMOID = unary("sigmoid", definitions.sigmoid, definitions.sigmoid_slope)
 TANH = unary("tanh", definitions.tanh, definitions.tanh_slope)
@@ -36,6 +38,8 @@ def sigmoid(input: Tensor, *, backend: str | None = None) -> Tensor:
     Returns:
         A tensor like `input`. Saves its output for backward.
     """
+    if type(input) is not Tensor and proxied(input):
+        return hand_over(sigmoid, locals())
     chosen = choose("sigmoid", backend, input)
     return torch.sigmoid(input) if chosen == "torch" else run(SIGMOID, chosen, False, input)
 
@@ -50,6 +54,8 @@ def tanh(input: Tensor, *, backend: str | None = None) -> Tensor:
     Returns:
         A tensor like `input`. Saves its output for backward.
     """
+    if type(input) is not Tensor and proxied(input):
+        return hand_over(tanh, locals())
     chosen = choose("tanh", backend, input)
     return torch.tanh(input) if chosen == "torch" else run(TANH, chosen, False, input)
 
@@ -66,6 +72,8 @@ def relu(input: Tensor, inplace: bool = False, *, backend: str | None = None) ->
         A tensor like `input`. Saves its output for backward, which the next layer keeps alive
         anyway.
     """
+    if type(input) is not Tensor and proxied(input):
+        return hand_over(relu, locals())
     chosen = choose("relu", backend, input)
     return F.relu(input, inplace) if chosen == "torch" else run(RELU, chosen, inplace, input)
 
@@ -89,6 +97,8 @@ def leaky_relu(
         A tensor like `input`. Saves its input for backward, as torch's, so that the output may be
         changed.
     """
+    if type(input) is not Tensor and proxied(input):
+        return hand_over(leaky_relu, locals())
     chosen = choose("leaky_relu", backend, input)
     if chosen == "torch":
         return F.leaky_relu(input, negative_slope, inplace)
@@ -112,6 +122,8 @@ def prelu(input: Tensor, weight: Tensor, *, backend: str | None = None) -> Tenso
 
     Source: He et al. 2015, arXiv 1502.01852.
     """
+    if has_torch_function_variadic(input, weight) and proxied(input, weight):
+        return hand_over(prelu, locals())
     input, weight = _lowered(input, weight)
     chosen = choose("prelu", backend, input, weight)
     if chosen == "torch":
@@ -138,6 +150,8 @@ def elu(
 
     Source: Clevert et al. 2016, arXiv 1511.07289.
     """
+    if type(input) is not Tensor and proxied(input):
+        return hand_over(elu, locals())
     chosen = choose("elu", backend, input)
     if chosen == "torch":
         return F.elu(input, alpha, inplace)
@@ -157,6 +171,8 @@ def selu(input: Tensor, inplace: bool = False, *, backend: str | None = None) ->
 
     Source: Klambauer et al. 2017, arXiv 1706.02515.
     """
+    if type(input) is not Tensor and proxied(input):
+        return hand_over(selu, locals())
     chosen = choose("selu", backend, input)
     return F.selu(input, inplace) if chosen == "torch" else run(SELU, chosen, inplace, input)
 
@@ -177,6 +193,8 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None
 
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
     """
+    if type(input) is not Tensor and proxied(input):
+        return hand_over(gelu, locals())
     op = "gelu_tanh" if approximate == "tanh" else "gelu"
     chosen = choose(op, backend, input)
     if chosen == "torch":
@@ -199,6 +217,8 @@ def silu(input: Tensor, inplace: bool = False, *, backend: str | None = None) ->
 
     Source: Elfwing et al. 2017, arXiv 1702.03118.
     """
+    if type(input) is not Tensor and proxied(input):
+        return hand_over(silu, locals())
     chosen = choose("silu", backend, input)
     return F.silu(input, inplace) if chosen == "torch" else run(SILU, chosen, inplace, input)
 
@@ -220,6 +240,8 @@ def swish(input: Tensor, beta: float | Tensor = 1.0, *, backend: str | None = No
     Source: Ramachandran et al. 2017, arXiv 1710.05941. torch has no such function; its `silu` is
         beta = 1.
     """
+    if has_torch_function_variadic(input, beta) and proxied(input, beta):
+        return hand_over(swish, locals())
     if not isinstance(beta, Tensor):
         chosen = choose("swish", backend, input)
         if chosen == "torch":
@@ -248,6 +270,8 @@ def mish(input: Tensor, inplace: bool = False, *, backend: str | None = None) ->
 
     Source: Misra 2019, arXiv 1908.08681.
     """
+    if type(input) is not Tensor and proxied(input):
+        return hand_over(mish, locals())
     chosen = choose("mish", backend, input)
     return F.mish(input, inplace) if chosen == "torch" else run(MISH, chosen, inplace, input)
 

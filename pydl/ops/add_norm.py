@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
 from pydl.autograd import Rule
@@ -26,6 +27,7 @@ from pydl.ops.layer_norm import (
     sums,
 )
 from pydl.ops.philox import check_rate, check_seed, draw_seed, dropout_factors
+from pydl.traced import hand_over, proxied
 
 
 def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
@@ -250,6 +252,10 @@ def add_layer_norm(
 
     Source: Ba et al. 2016, arXiv 1607.06450.
     """
+    if has_torch_function_variadic(input, residual, weight, bias, seed) and proxied(
+        input, residual, weight, bias, seed
+    ):
+        return hand_over(add_layer_norm, locals())
     p = float(dropout_p) if training or not 0 <= dropout_p <= 1 else 0.0
     weights = {"weight": weight, "bias": bias}
     return _run(
@@ -297,6 +303,10 @@ def add_rms_norm(
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
+    if has_torch_function_variadic(input, residual, weight, seed) and proxied(
+        input, residual, weight, seed
+    ):
+        return hand_over(add_rms_norm, locals())
     p = float(dropout_p) if training or not 0 <= dropout_p <= 1 else 0.0
     return _run(
         _RMS_NORM, F.rms_norm, backend, input, residual, normalized_shape, {"weight": weight}, eps,

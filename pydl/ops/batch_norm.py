@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
 from pydl.backends import FLOATS, requested
 from pydl.ops import bias_act
 from pydl.ops.channel_norm import RULE, call, measured_as
 from pydl.ops.norm_checks import check, check_residual, check_statistics, choose
+from pydl.traced import hand_over, proxied
 
 
 def update(
@@ -86,6 +88,10 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias) and proxied(
+        input, running_mean, running_var, weight, bias
+    ):
+        return hand_over(batch_norm, locals())
     of_channels = (weight, bias, running_mean, running_var)
     chosen = choose("batch_norm", backend, input, *of_channels, key=measured_as)
     if chosen == "torch":
@@ -137,6 +143,10 @@ def batch_norm_act(
             running estimate is given without the other in training; there is no such activation.
         RuntimeError: shapes or dtypes do not fit.
     """
+    if has_torch_function_variadic(
+        input, running_mean, running_var, weight, bias, residual
+    ) and proxied(input, running_mean, running_var, weight, bias, residual):
+        return hand_over(batch_norm_act, locals())
     of_channels = (weight, bias, running_mean, running_var)
     others = () if residual is None else (residual,)
     chosen = choose("batch_norm_act", backend, input, *of_channels, others=others, key=measured_as)
@@ -218,6 +228,10 @@ def instance_norm(
 
     Source: Ulyanov et al. 2016, arXiv 1607.08022.
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias) and proxied(
+        input, running_mean, running_var, weight, bias
+    ):
+        return hand_over(instance_norm, locals())
     of_channels = (weight, bias, running_mean, running_var)
     chosen = choose("instance_norm", backend, input, *of_channels, key=measured_as)
     # Its own operator moves the estimates where torch.func's transforms allow no change in place.
@@ -290,6 +304,8 @@ def group_norm(
 
     Source: Wu and He 2018, arXiv 1803.08494.
     """
+    if has_torch_function_variadic(input, weight, bias) and proxied(input, weight, bias):
+        return hand_over(group_norm, locals())
     if input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype in FLOATS[1:3]:
         input = input.float()
     chosen = choose("group_norm", backend, input, weight, bias, key=measured_as)

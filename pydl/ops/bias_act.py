@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
 from pydl.autograd import Rule
@@ -17,6 +18,7 @@ from pydl.ops.channels import Channels, sums
 from pydl.ops.philox import check_rate, check_seed, draw_seed, dropout_factors
 from pydl.ops.samples import one_pass
 from pydl.table import LAYOUTS, Case, Make, Op, register
+from pydl.traced import hand_over, proxied
 
 # name -> (number in csrc/math.h, default parameter, definition, native)
 ACTIVATIONS: dict[str, tuple[int, float, Any, Any]] = {
@@ -163,6 +165,8 @@ def bias_act(
         ValueError: `act` or `act_param` is not as above, or `dropout_p` is not in [0, 1].
         RuntimeError: `bias` does not fit.
     """
+    if has_torch_function_variadic(input, bias, seed) and proxied(input, bias, seed):
+        return hand_over(bias_act, locals())
     number, parameter = named("bias_act", act, act_param)
     check_rate("bias_act", dropout_p)
     check_seed("bias_act", seed, input.device)

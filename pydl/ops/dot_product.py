@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
 from pydl.backends import FLOATS, choose, ordinary, requested
@@ -16,6 +17,7 @@ from pydl.ops import decoding
 from pydl.ops.attention import RULE, Settings, call
 from pydl.ops.bias_act import lowered
 from pydl.ops.philox import check_rate, check_seed, draw_seed
+from pydl.traced import hand_over, proxied
 
 Window = int | tuple[int, int] | None
 
@@ -258,6 +260,10 @@ def scaled_dot_product_attention(
 
     Source: Dao et al. 2022, arXiv 2205.14135.
     """
+    if has_torch_function_variadic(query, key, value, attn_mask, seed) and proxied(
+        query, key, value, attn_mask, seed
+    ):
+        return hand_over(scaled_dot_product_attention, locals())
     op = "scaled_dot_product_attention"
     bottom = at_bottom(op, causal_alignment)
     p, cap = check_rate(op, float(dropout_p)), softcap_of(op, softcap)

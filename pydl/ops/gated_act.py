@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
 from pydl.autograd import Rule
@@ -12,6 +13,7 @@ from pydl.backends import choose, empty_like, kernel
 from pydl.ops.bias_act import ACTIVATIONS, definition, named, native
 from pydl.ops.samples import bytes_of
 from pydl.table import Case, Cost, Make, Op, register
+from pydl.traced import hand_over, proxied
 
 
 def _reference(gate: Tensor, up: Tensor, act: int, parameter: float) -> Tensor:
@@ -63,6 +65,8 @@ def gated_act(
 
     Source: Shazeer 2020, arXiv 2002.05202.
     """
+    if has_torch_function_variadic(gate, up) and proxied(gate, up):
+        return hand_over(gated_act, locals())
     number, parameter = named("gated_act", act, act_param)
     if up.shape != gate.shape or up.dtype != gate.dtype:
         raise RuntimeError(

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
 from pydl.autograd import Rule
 from pydl.backends import FLOATS, empty, empty_like, kernel
 from pydl.ops.norm_checks import choose, fits
+from pydl.traced import hand_over, proxied
 
 
 def layer_norm_definition(
@@ -212,6 +214,8 @@ def layer_norm(
 
     Source: Ba et al. 2016, arXiv 1607.06450.
     """
+    if has_torch_function_variadic(input, weight, bias) and proxied(input, weight, bias):
+        return hand_over(layer_norm, locals())
     input = _autocast(input)
     chosen = choose("layer_norm", backend, input, weight, bias)
     if chosen == "torch":
@@ -250,6 +254,8 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
+    if has_torch_function_variadic(input, weight) and proxied(input, weight):
+        return hand_over(rms_norm, locals())
     input = _autocast(input)
     chosen = choose("rms_norm", backend, input, weight)
     if chosen == "torch":

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
 from pydl.backends import choose
 from pydl.ops.bias_act import lowered
 from pydl.ops.dot_product import refusal
 from pydl.ops.linear_attention import FEATURES, PLAIN, RULE, Settings, call
+from pydl.traced import hand_over, proxied
 
 State = tuple[Tensor, Tensor]
 FeatureMap = str | Callable[[Tensor], Tensor]
@@ -205,6 +207,12 @@ def linear_attention(
 
     Source: Katharopoulos et al. 2020, arXiv 2006.16236; decay: Sun et al. 2023, arXiv 2307.08621.
     """
+    # What is in a tuple is looked at where there is one.
+    if (
+        initial_state is not None
+        or has_torch_function_variadic(query, key, value, key_padding_mask, decay)
+    ) and proxied(query, key, value, key_padding_mask, initial_state, decay):
+        return hand_over(linear_attention, locals())
     return _attend(
         "linear_attention", "initial_state", query, key, value, causal, feature_map, normalize,
         eps, key_padding_mask, initial_state, return_state, scale, decay, backend,
@@ -298,6 +306,10 @@ def linear_attention_step(
         ValueError: `feature_map` or `decay` is none of the above.
         RuntimeError: shapes, dtypes or devices do not fit.
     """
+    if (state is not None or has_torch_function_variadic(query, key, value, decay)) and proxied(
+        query, key, value, state, decay
+    ):
+        return hand_over(linear_attention_step, locals())
     op = "linear_attention_step"
     _tensors(op, query, query, query)
     if not all(isinstance(x, Tensor) and x.dim() == 3 for x in (query, key, value)):

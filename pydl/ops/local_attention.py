@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl.backends import choose
 from pydl.ops.attention import Settings, visible
@@ -21,6 +22,7 @@ from pydl.ops.dot_product import (
     window_of,
 )
 from pydl.ops.philox import check_rate
+from pydl.traced import hand_over, proxied
 
 
 def local_attention(
@@ -67,6 +69,10 @@ def local_attention(
         ValueError: `window_size`, `dilation` or `dropout_p` is none of the above.
         RuntimeError: shapes, dtypes or devices do not fit.
     """
+    if has_torch_function_variadic(query, key, value, key_padding_mask, bias, seed) and proxied(
+        query, key, value, key_padding_mask, bias, seed
+    ):
+        return hand_over(local_attention, locals())
     op = "local_attention"
     left, right = window_of(op, window_size, causal)
     if not isinstance(dilation, int) or dilation < 1:

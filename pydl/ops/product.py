@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd, calibration
 from pydl.autograd import Rule, wide
 from pydl.backends import MissingKernel, choose, empty, kernel, plain, requested
 from pydl.ops.bias_act import lowered
+from pydl.traced import hand_over, proxied
 
 SHORT = 32  # rows below which a product reads its weight more than it computes
 
@@ -181,6 +183,8 @@ def linear(
     The order of summing, in parts of 256, is that of Goto and van de Geijn 2008, doi
     10.1145/1356052.1356053.
     """
+    if has_torch_function_variadic(input, weight, bias) and proxied(input, weight, bias):
+        return hand_over(linear, locals())
     asked = requested(backend)
     if asked == "torch" or (asked is None and _native(input, weight, bias)):
         return F.linear(input, weight, bias)
@@ -206,6 +210,10 @@ def linear(
 def linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
     """`linear` within a module, by torch where the backend has kernels for other modules only, and
     where tensors are of types that know what linear does: DTensors, quantised ones."""
-    if requested(backend) in ("cuda", "triton") or not (plain(input) and plain(weight)):
+    if not (plain(input) and plain(weight)):
+        if proxied(input, weight, bias):
+            return hand_over(linear_layer, locals())
+        return F.linear(input, weight, bias)
+    if requested(backend) in ("cuda", "triton"):
         return F.linear(input, weight, bias)
     return linear(input, weight, bias, backend=backend)

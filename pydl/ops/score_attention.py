@@ -1,112 +1,23 @@
-"""Attention whose score is no dot product: additive (Bahdanau) and Gaussian (Nadaraya-Watson).
-
-The softmax is PyTorch's, the scores and their gradients those of `score.py`, the products with
-values those of `product.py`: a few queries at a time meet all keys, and the backward pass meets
-them again, so that neither what is as large as queries times keys, where that is large, nor that
-times the width is ever stored.
-"""
+"""Attention whose score is no dot product: additive (Bahdanau) and Gaussian (Nadaraya-Watson)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl import autograd
-from pydl.autograd import Rule, wide
+from pydl.autograd import Rule
 from pydl.backends import choose
 from pydl.ops.bias_act import lowered
-from pydl.ops.product import product, projected
-from pydl.ops.score import ADDITIVE, GAUSSIAN, Score, gradients, prepared, scores
-
-# What one chunk of queries may make: of (batch, queries, keys, width) in PyTorch, of (batch,
-# queries, keys) by kernels. 4 MiB in fp32.
-CHUNK = 1 << 20
-
-
-def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """The softmax over keys; rows that see none are 0."""
-    if mask is None:
-        return torch.softmax(scores, -1)
-    empty = ~mask.any(-1, keepdim=True)
-    scores = scores.masked_fill(~(mask | empty), -math.inf)
-    return torch.softmax(scores, -1).masked_fill(empty, 0)
-
-
-def _wide(x: Tensor) -> AbstractContextManager:
-    """Where products are taken in the dtype of what they are given, under autocast too."""
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
-
-
-def _chunks(backend: str, q: Tensor, k: Tensor) -> list[slice]:
-    """Slices of the queries such that what they make of the keys is small."""
-    of_one = k.numel() if backend == "torch" else k.shape[0] * k.shape[1]
-    queries = q.shape[1]
-    if queries * of_one <= CHUNK:
-        return [slice(None)]  # torch.compile's one graph serves all such sizes
-    each = max(1, CHUNK // of_one)
-    return [slice(start, start + each) for start in range(0, queries, each)]
-
-
-def _of(mask: Tensor | None, rows: slice) -> Tensor | None:
-    return None if mask is None else mask[:, rows] if mask.shape[1] > 1 else mask
-
-
-def _rule(name: str, score: Score, definition: Callable[..., Tensor]) -> Rule:
-    """Of (B, L, H) queries, (B, S, H) keys, (B, S, Ev) values, (H,) weights and a mask that
-    broadcasts to (B, L, S)."""
-
-    def forward(
-        backend: str, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        out = v.new_empty(*q.shape[:2], v.shape[2])
-        (q, k, w), v = prepared(backend, q, k, w), wide(v)
-        for rows in _chunks(backend, q, k):
-            found, _ = scores(backend, score, q[:, rows], k, w)
-            out[:, rows] = product(backend, _weights(found, _of(mask, rows)), v)
-        return out
-
-    def backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tuple) -> tuple:
-        given, mask = saved[:4], saved[4]
-        q, k, v, w = given
-        (q, k, w), v, dy = prepared(backend, q, k, w), wide(v), wide(dy)
-        dq, dk, dv, dw = (torch.zeros_like(t, dtype=autograd.wide_dtype(t)) for t in given)
-        with _wide(dy):
-            for rows in _chunks(backend, q, k):
-                found, t = scores(backend, score, q[:, rows], k, w)
-                p = _weights(found, _of(mask, rows))
-                d = dy[:, rows]
-                dv += product(backend, p.transpose(1, 2), d)
-                dp = product(backend, d, v.transpose(1, 2))
-                ds = p * (dp - (dp * p).sum(-1, keepdim=True))
-                parts = gradients(backend, score, ds, q[:, rows], k, w, t)
-                dq[:, rows] = parts[0]
-                dk += parts[1]
-                dw += parts[2]
-        return (*(d.to(t.dtype) for d, t in zip((dq, dk, dv, dw), given, strict=True)), None)
-
-    return Rule(name, 5, forward, backward, definition)
-
-
-def _additive_definition(q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None) -> Tensor:
-    return _weights(torch.tanh(q[:, :, None] + k[:, None]) @ w, mask) @ v
-
-
-def _gaussian_definition(q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None) -> Tensor:
-    return _weights(((q[:, :, None] - k[:, None]) * w).square().sum(-1) * -0.5, mask) @ v
-
-
-_ADDITIVE = _rule("additive_attention", ADDITIVE, _additive_definition)
-_GAUSSIAN = _rule("gaussian_attention", GAUSSIAN, _gaussian_definition)
-_additive = autograd.make(_ADDITIVE)
-_gaussian = autograd.make(_GAUSSIAN)
+from pydl.ops.product import projected
+from pydl.ops.score_rule import ADDITIVE_RULE, GAUSSIAN_RULE, additive, gaussian, widely
+from pydl.traced import hand_over, proxied
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -132,7 +43,7 @@ def _run(
     shape = (*q.shape[:-1], v.shape[-1])
     batch = math.prod(q.shape[:-2])
     args = (*(t.reshape(batch, *t.shape[-2:]) for t in (q, k, v)), w, mask)
-    with _wide(q):
+    with widely(q):
         out = autograd.in_reference(rule, *args) if chosen == "reference" else call(chosen, *args)
     return out.view(shape)
 
@@ -173,6 +84,10 @@ def additive_attention(
 
     Source: Bahdanau et al. 2014, arXiv 1409.0473.
     """
+    if has_torch_function_variadic(query, keys, values, w_q, w_k, w_v, mask) and proxied(
+        query, keys, values, w_q, w_k, w_v, mask
+    ):
+        return hand_over(additive_attention, locals())
     op = "additive_attention"
     query, keys, values, w_q, w_k, w_v = lowered(query, keys, values, w_q, w_k, w_v)
     chosen = choose(op, backend, query, keys, values, w_q, w_k, w_v)
@@ -193,10 +108,21 @@ def additive_attention(
                 f"pydl: {op}: {name}: {weight.dtype} on {weight.device}, wants the query's, "
                 f"{query.dtype} on {query.device}"
             )
+    args = (query, keys, values, w_q, w_k, w_v, mask)
+    if autograd.sharded(query) and chosen != "reference":
+        return autograd.on_shards(ADDITIVE_RULE, partial(_attend, op, chosen), *args)
+    return _attend(op, chosen, *args)
+
+
+def _attend(
+    op: str, chosen: str, query: Tensor, keys: Tensor, values: Tensor, w_q: Tensor, w_k: Tensor,
+    w_v: Tensor, mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Additive attention of what fits together."""
     if mask is not None:
         mask = _mask(op, mask, query, keys)
     q, k = projected(chosen, query, w_q), projected(chosen, keys, w_k)
-    return _run(chosen, _ADDITIVE, _additive, q, k, values, w_v, mask)
+    return _run(chosen, ADDITIVE_RULE, additive, q, k, values, w_v, mask)
 
 
 def _mask(op: str, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -246,9 +172,21 @@ def gaussian_attention(
 
     Source: Nadaraya 1964, doi 10.1137/1109020; Watson 1964, jstor 25049340.
     """
+    if has_torch_function_variadic(query, keys, values, w) and proxied(query, keys, values, w):
+        return hand_over(gaussian_attention, locals())
     op = "gaussian_attention"
     query, keys, values, w = lowered(query, keys, values, w)
     chosen = choose(op, backend, query, keys, values, w)
+    if autograd.sharded(query) and chosen != "reference":
+        call = partial(_regress, op, chosen)
+        return autograd.on_shards(GAUSSIAN_RULE, call, query, keys, values, w)
+    return _regress(op, chosen, query, keys, values, w)
+
+
+def _regress(
+    op: str, chosen: str, query: Tensor, keys: Tensor, values: Tensor, w: Tensor
+) -> Tensor:
+    """Gaussian attention of plain tensors, or by the definition."""
     numbers = query.dim() == keys.dim() == values.dim() == 1
     if numbers:
         query, keys, values = (t[:, None] for t in (query, keys, values))
@@ -265,5 +203,5 @@ def gaussian_attention(
             f"{query.device}"
         )
     w = w.reshape(-1).expand(width)
-    out = _run(chosen, _GAUSSIAN, _gaussian, query, keys, values, w, None)
+    out = _run(chosen, GAUSSIAN_RULE, gaussian, query, keys, values, w, None)
     return out[:, 0] if numbers else out

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from pydl.backends import choose
 from pydl.ops.attention import Settings
@@ -24,6 +25,7 @@ from pydl.ops.dot_product import (
     window_of,
 )
 from pydl.ops.philox import check_rate
+from pydl.traced import hand_over, proxied
 
 
 def varlen_attention(
@@ -75,6 +77,10 @@ def varlen_attention(
         ValueError: `dropout_p`, `causal_alignment` or `window` is none of the above.
         RuntimeError: shapes, dtypes or devices do not fit.
     """
+    if has_torch_function_variadic(query, key, value, cu_seq_q, cu_seq_k, seed) and proxied(
+        query, key, value, cu_seq_q, cu_seq_k, seed
+    ):
+        return hand_over(varlen_attention, locals())
     op = "varlen_attention"
     bottom, cap = at_bottom(op, causal_alignment), softcap_of(op, softcap)
     p = check_rate(op, float(dropout_p))
