@@ -56,8 +56,61 @@ def test_parts_give_the_whole(
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-5, atol=1e-5)
 
 
+WINDOWS = [
+    {"window": (300, 0), "causal_alignment": "bottom_right"},
+    {"window": (0, 290)},
+    {"window": (-1, 0)},
+]
+
+
+def _mask(form: str, keys: int, draw: torch.Generator) -> torch.Tensor | None:
+    """Of two samples and six heads; "hidden": no key is seen by some, and by one in a part only."""
+    if form == "none":
+        return None
+    if form == "one number":
+        return torch.randn(2, 6, 1, 1, generator=draw)
+    if form == "numbers":
+        return torch.randn(6, 1, keys, generator=draw)
+    mask = torch.rand(2, 1, 1, keys, generator=draw) > 0.5
+    if form == "hidden":
+        mask = mask.repeat(1, 6, 1, 1)
+        mask[0, 1:4] = False
+        mask[0, 2, :, 200] = True
+    return mask
+
+
+@pytest.mark.parametrize("form", ["none", "one number", "numbers", "truth", "hidden"])
+def test_masks_and_windows(form: str, backend: str, parted: list[int]) -> None:
+    """In parts as from the whole; what sees no key gives 0."""
+    draw, device = torch.Generator().manual_seed(2), harness.device(backend)
+    q = torch.randn(2, 6, 1, 16, generator=draw).to(device)
+    k, v = (torch.randn(2, 2, 450, 16, generator=draw).to(device) for _ in "kv")
+    mask = _mask(form, 450, draw)
+    mask = None if mask is None else mask.to(device)
+    for named in ({}, *WINDOWS):
+        given = {"attn_mask": mask, "enable_gqa": True, "return_lse": True, **named}
+        got = scaled_dot_product_attention(q, k, v, **given, backend=backend)
+        wanted = scaled_dot_product_attention(q, k, v, **given, backend="reference")
+        torch.testing.assert_close(got, wanted)
+        if form == "hidden":
+            assert got[0][0, 1].eq(0).all() and got[1][0, 1].eq(float("-inf")).all()
+    assert parted[0] > 1 and parted[1] > 1 and parted[2] > 1 and parted[3] == 0
+
+    if mask is not None and mask.is_floating_point():
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, mask)]
+        for named in ({}, WINDOWS[0]):
+            outs = [
+                scaled_dot_product_attention(
+                    *leaves[:3], leaves[3], enable_gqa=True, **named, backend=name
+                )
+                for name in (backend, "reference")
+            ]
+            grads = (torch.autograd.grad(out.square().sum(), leaves) for out in outs)
+            torch.testing.assert_close(*grads)
+
+
 def test_what_is_not_cut(backend: str, parted: list[int]) -> None:
-    """Gradients, and caches whose heads lie apart, come from the whole; masks do not come here."""
+    """Gradients, and caches whose heads lie apart, come from the whole."""
     device = harness.device(backend)
     q = torch.randn(2, 2, 1, 16, device=device, requires_grad=True)
     k = torch.randn(2, 3, 300, 16, device=device)[:, :2]
@@ -69,7 +122,3 @@ def test_what_is_not_cut(backend: str, parted: list[int]) -> None:
     with torch.no_grad():
         scaled_dot_product_attention(q, k, k, backend=backend)
     assert parted == [0, 0]
-    mask = torch.rand(1, 300, device=device) > 0.5
-    got = scaled_dot_product_attention(q, k, k, attn_mask=mask, backend=backend)
-    assert parted == [0, 0]
-    torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, k, attn_mask=mask))

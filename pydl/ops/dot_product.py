@@ -172,8 +172,8 @@ def run(
             RULE, lambda q, k, v, m, r, *s: run(chosen, q, k, v, m, r, Settings(*s)), q, k, v, mask,
             relative, *settings,
         )  # fmt: skip
-    if relative is None and decoding.fits(q, mask, settings):
-        return decoding.attend(chosen, q, k, v, settings)
+    if relative is None and decoding.fits(q, settings):
+        return decoding.attend(chosen, q, k, v, mask, settings)
     return call(chosen, q, k, v, mask, relative, *settings)
 
 
