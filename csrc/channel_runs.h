@@ -149,6 +149,7 @@ __attribute__((noinline)) void put_all(T* out, const acc_t<T>* z, int64_t n, boo
   int64_t i = 0;
   for (; past_cache && i + kBlock <= n; i += kBlock) {
     V y[kBlock / kWidth];
+#pragma GCC unroll 16
     for (int64_t r = 0; r < kBlock / kWidth; ++r) y[r] = load_as<V>(z + i + r * kWidth);
     put<4>(out + i, y, true);
   }

@@ -28,8 +28,10 @@ template <class T, class F, int kOut, int kIn, class V>
 PYDL_HD V sum_register(const F& f, T* const (&out)[kOut], const T* const (&in)[kIn], V p,
                        int64_t at, int64_t count) {
   V x[kIn], y[kOut], sum;
+#pragma GCC unroll 8
   for (int k = 0; k < kIn; ++k) x[k] = load_some(in[k] + at, count);
   f(x, p, y, sum, at);
+#pragma GCC unroll 8
   for (int k = 0; k < kOut; ++k) store_some(out[k] + at, y[k], count);
   return sum;
 }
@@ -55,6 +57,7 @@ __attribute__((noinline)) void sum_columns(const F& f, T* const (&out)[kOut],
         for (int64_t c = 0; c < block; c += kWidth) {
           const V p = load_some(parameter + c0 + c, block - c);
           // The next row begins in another page, which the hardware does not foresee.
+#pragma GCC unroll 8
           for (int k = 0; k < kIn; ++k) prefetch(in[k] + (r + 1) * channels + c0 + c);
           sums[c / kWidth] += sum_register<T>(f, out, in, p, r * channels + c0 + c, block - c);
         }

@@ -14,11 +14,16 @@ inline namespace PYDL_ISA {
 
 constexpr int64_t kGrain = 16384;  // elements worth waking a thread for
 constexpr int kPrefetchBytes = 4096;
+// Registers of a block that are computed in one go. Loops over few, of a length that is known, are
+// unrolled by name: GCC 12 at -O2 leaves them, and what they go over in memory.
+constexpr int kUnrolled = PYDL_LEVEL == 2 ? 4 : 2;
 
 template <int kIn, int kBlock, class T>
 PYDL_HD void prefetch_block(const T* const (&in)[kIn], int64_t i) {
   constexpr int kPerLine = 64 / static_cast<int>(sizeof(T));
+#pragma GCC unroll 8
   for (int at = 0; at < kBlock; at += kPerLine) {
+#pragma GCC unroll 8
     for (int k = 0; k < kIn; ++k) prefetch(in[k] + i + at + kPrefetchBytes / sizeof(T));
   }
 }
@@ -29,18 +34,23 @@ PYDL_HD void pairs_block(const F& f, bfloat16* const (&out)[kOut], const bfloat1
                          int64_t i, bool past_cache) {
   constexpr int kWidth = 2 * kLanes;
   vuint y[kOut][kBlock / kWidth];
-#pragma GCC unroll 2
+#pragma GCC unroll kUnrolled
   for (int r = 0; r < kBlock / kWidth; ++r) {
     vlow x[2][kIn], one[2][kOut];
+#pragma GCC unroll 8
     for (int k = 0; k < kIn; ++k) {
       const Pair pair = load_pair(in[k] + i + r * kWidth);
       x[0][k] = pair.even;
       x[1][k] = pair.odd;
     }
+#pragma GCC unroll 8
     for (int half = 0; half < 2; ++half) f(x[half], one[half], 0);
+#pragma GCC unroll 8
     for (int k = 0; k < kOut; ++k) y[k][r] = join(one[0][k], one[1][k]);
   }
+#pragma GCC unroll 8
   for (int k = 0; k < kOut; ++k) {
+#pragma GCC unroll 8
     for (int r = 0; r < kBlock / kWidth; ++r) {
       void* p = out[k] + i + r * kWidth;
       if (past_cache) {
@@ -92,13 +102,16 @@ __attribute__((noinline)) void map_run(const void* functor, void* const* outs,
           }
         }
         V y[kOut][kBlock / kWidth];
-#pragma GCC unroll 2
+#pragma GCC unroll kUnrolled
         for (int r = 0; r < kBlock / kWidth; ++r) {
           V x[kIn], one[kOut];
+#pragma GCC unroll 8
           for (int k = 0; k < kIn; ++k) x[k] = load(in[k] + i + r * kWidth);
           f(x, one, index + i + r * kWidth);
+#pragma GCC unroll 8
           for (int k = 0; k < kOut; ++k) y[k][r] = one[k];
         }
+#pragma GCC unroll 8
         for (int k = 0; k < kOut; ++k) put<kLines>(out[k] + i, y[k], stream);
         if (stream) prefetch_block<kIn, kBlock>(in, i);
       }
@@ -107,8 +120,10 @@ __attribute__((noinline)) void map_run(const void* functor, void* const* outs,
     while (i < stop) {
       const int64_t count = stop - i < kWidth ? stop - i : kWidth;
       V x[kIn], y[kOut];
+#pragma GCC unroll 8
       for (int k = 0; k < kIn; ++k) x[k] = load_some(in[k] + i, count);
       f(x, y, index + i);
+#pragma GCC unroll 8
       for (int k = 0; k < kOut; ++k) store_some(out[k] + i, y[k], count);
       i += count;
     }
@@ -120,6 +135,17 @@ __attribute__((noinline)) void map_run(const void* functor, void* const* outs,
 using RunFn = void (*)(const void* functor, void* const* outs, const void* const* ins, int64_t n,
                        int64_t index, bool stream);
 
+// n copies of a number of 2, 4 or 8 bytes, in whole registers; `to` has room for them.
+template <class Unit>
+PYDL_HD void fill(Unit* to, Unit number, int64_t n) {
+  uint64_t pattern = 0;
+  for (size_t i = 0; i < 8; i += sizeof(Unit)) pattern |= uint64_t{number} << (8 * i);
+  const vulong many = pattern - vulong{};
+  for (int64_t i = 0; i < n; i += kVectorBytes / static_cast<int64_t>(sizeof(Unit))) {
+    std::memcpy(to + i, &many, kVectorBytes);
+  }
+}
+
 // The same where operands may step by any stride: those that do pass through a small buffer.
 template <class Unit, int kOut, int kIn>
 inline void map_strided(RunFn run, const void* functor, void* const* out, const void* const* in,
@@ -129,9 +155,7 @@ inline void map_strided(RunFn run, const void* functor, void* const* out, const 
   Unit buffers[kOut + kIn][kBlock];
   for (int k = 0; k < kIn; ++k) {
     if (steps[kOut + k] != 0) continue;
-    for (int64_t j = 0; j < (n < kBlock ? n : kBlock); ++j) {
-      buffers[kOut + k][j] = *static_cast<const Unit*>(in[k]);
-    }
+    fill(buffers[kOut + k], *static_cast<const Unit*>(in[k]), n < kBlock ? n : kBlock);
   }
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t count = n - begin < kBlock ? n - begin : kBlock;

@@ -185,8 +185,10 @@ PYDL_HD void stream(void* p, vuint x) {
 template <class T>
 PYDL_HD void stream64(T* p, const typename Lanes<T>::type* x) {
   if constexpr (sizeof(T) == 4) {
+#pragma GCC unroll 4
     for (int i = 0; i < 64 / kVectorBytes; ++i) stream(p + i * kLanes, (vuint)x[i]);
   } else {
+#pragma GCC unroll 4
     for (int i = 0; i < 64 / kVectorBytes; ++i) {
       const vshort low = round_to(p, x[2 * i]), high = round_to(p, x[2 * i + 1]);
 #if PYDL_LEVEL == 2
@@ -218,12 +220,14 @@ PYDL_HD void put(T* p, const typename Lanes<T>::type* x, bool stream) {
 #if PYDL_STREAMS
   if constexpr (sizeof(T) <= 4) {
     if (stream) {
+#pragma GCC unroll 8
       for (int line = 0; line < kLines; ++line)
         stream64(p + line * kPerLine, x + line * (kPerLine / kWidth));
       return;
     }
   }
 #endif
+#pragma GCC unroll 8
   for (int r = 0; r < kLines * kPerLine / kWidth; ++r) store(p + r * kWidth, x[r]);
 }
 
