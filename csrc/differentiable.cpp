@@ -2,6 +2,8 @@
 
 #include <ATen/SequenceNumber.h>
 #include <ATen/record_function.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -50,7 +52,8 @@ struct Held : torch::CustomClassHolder {
   }
 };
 
-// Numbers, strings and tensors as such, which compiled autograd can follow; the rest as objects.
+// Numbers, strings and tensors as such, and a dtype as a list of its number, which compiled
+// autograd can follow; the rest as objects, which it refuses.
 c10::IValue to_ivalue(PyObject* object) {
   if (object == Py_None) return {};
   if (PyBool_Check(object)) return object == Py_True;
@@ -62,6 +65,10 @@ c10::IValue to_ivalue(PyObject* object) {
   }
   if (PyUnicode_CheckExact(object)) return std::string(PyUnicode_AsUTF8(object));
   if (THPVariable_Check(object)) return THPVariable_Unpack(object);
+  if (THPDtype_Check(object)) {
+    const auto type = reinterpret_cast<THPDtype*>(object)->scalar_type;
+    return c10::List<int64_t>({static_cast<int64_t>(type)});
+  }
   return c10::IValue::make_capsule(c10::make_intrusive<Held>(object));
 }
 
@@ -74,6 +81,12 @@ PyObject* to_python(const c10::IValue& value) {
     return PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size()));
   }
   if (value.isTensor()) return THPVariable_Wrap(value.toTensor());
+  if (value.isList()) {
+    const auto type = static_cast<at::ScalarType>(value.toListRef()[0].toInt());
+    PyObject* dtype = reinterpret_cast<PyObject*>(torch::getTHPDtype(type));
+    Py_INCREF(dtype);
+    return dtype;
+  }
   if (value.isCapsule()) {
     PyObject* object = static_cast<Held*>(value.toCapsule().get())->object;
     Py_INCREF(object);
