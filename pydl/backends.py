@@ -66,6 +66,14 @@ def use_backend(name: str | None) -> Iterator[None]:
     global _traced
     if name is not None and unavailable(_check_name(name, "use_backend's argument")):
         raise RuntimeError(f"pydl: backend {name!r} is not available: {unavailable(name)}")
+    if torch.compiler.is_compiling():
+        # Neither locks nor a thread's variables can be traced, and a trace reads only this.
+        outside, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = outside
+        return
     before, mine = _chosen.backend, [name]
     with _lock:
         _inside.append(mine)
