@@ -14,6 +14,7 @@ from torch.overrides import has_torch_function_variadic
 from pydl import autograd
 from pydl.autograd import Rule
 from pydl.backends import FLOATS, empty, empty_like, kernel
+from pydl.ops.channels import channels_last
 from pydl.ops.norm_checks import choose, fits
 from pydl.traced import hand_over, proxied
 
@@ -102,14 +103,11 @@ def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tup
 
 
 def _laid_out(y: Tensor, x: Tensor) -> Tensor:
-    """torch's rms_norm keeps channels_last."""
-    if (
-        x.dim() == 4
-        and not x.is_contiguous()
-        and x.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return y.contiguous(memory_format=torch.channels_last)
-    return y
+    """torch's rms_norm keeps channels last, of a tensor with gaps too."""
+    if not channels_last(x):
+        return y
+    form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return y.contiguous(memory_format=form)
 
 
 def _rms_forward(
