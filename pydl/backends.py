@@ -232,18 +232,19 @@ def choose(
     tensors = (first, *others)
     if name is None:
         return automatic(key(op, first) if key else op, *tensors)
-    if name in ("torch", "reference"):
+    if name == "torch":
         return name
     # The usual call, of which a small tensor's takes a few microseconds, raises nothing below.
     own = first.is_cpu if name == "cpu" else name == "cuda" and first.is_cuda and _cuda_built
     if own and dtypes is FLOATS and not others and first.dtype in FLOATS and _dense(first):
         return name
     reasons = []
+    served, anywhere = serves(name), name == "reference"
     if missing := unavailable(name):
         reasons.append(missing)
-    elif first.device.type not in serves(name):
+    elif not anywhere and first.device.type not in served:
         reasons.append(
-            f"it serves {' and '.join(serves(name))} tensors, input is on {first.device}"
+            f"it serves {' and '.join(served)} tensors, input is on {first.device}"
         )
     dtypes = tuple(dtype for dtype in dtypes if takes(name, dtype))
     for i, tensor in enumerate(tensors):
@@ -252,6 +253,8 @@ def choose(
             reasons.append(
                 f"tensor {i} has dtype {str(tensor.dtype).removeprefix('torch.')}, wants {wanted}"
             )
+        elif anywhere:
+            continue
         elif tensor.dtype != first.dtype:
             reasons.append(f"tensor {i} has dtype {tensor.dtype}, but the input has {first.dtype}")
         if tensor.device != first.device:

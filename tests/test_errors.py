@@ -55,10 +55,22 @@ def test_wrong_dtype(op: Op) -> None:
     case = harness.plain(op)
     for dtype in (torch.int32, torch.bool, torch.complex64):
         given = [t.to(dtype) for t in case.tensors()]
-        with pytest.raises(
-            RuntimeError, match=rf"pydl: {op.name}.*{str(dtype).removeprefix('torch.')}"
-        ):
-            op.function(*harness.bind(case, given), backend="cpu", **case.kwargs)
+        for backend in ("cpu", "reference"):
+            with pytest.raises(
+                RuntimeError, match=rf"pydl: {op.name}.*{str(dtype).removeprefix('torch.')}"
+            ):
+                op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
+
+
+def test_integers_in_the_definitions() -> None:
+    """No backend computes them in silence, whatever they become: torch promotes them or raises."""
+    x = torch.tensor([1, 2, -5])
+    with pytest.raises(RuntimeError, match=r"sigmoid.*'reference'.*has dtype int64, wants float32"):
+        functional.sigmoid(x, backend="reference")
+    for backend in (None, "reference", "torch"):
+        with pytest.raises(RuntimeError, match=r"swish: input has dtype torch.int64, wants a float"):
+            functional.swish(x, torch.tensor([2]), backend=backend)
+    assert torch.equal(functional.sigmoid(x), torch.sigmoid(x))
 
 
 def test_another_device(op: Op) -> None:

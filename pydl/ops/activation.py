@@ -248,6 +248,8 @@ def swish(input: Tensor, beta: float | Tensor = 1.0, *, backend: str | None = No
             return F.silu(input) if beta == 1 else definitions.swish(input, beta)
         return run(SWISH, chosen, False, input, float(beta))
     input, beta = _lowered(input, beta)
+    if not input.is_floating_point():
+        raise RuntimeError(f"pydl: swish: input has dtype {input.dtype}, wants a floating one")
     _check_parameter("swish", "beta", input, beta)
     chosen = choose("swish_learnt", backend, input, beta)
     if chosen == "torch":
