@@ -46,7 +46,7 @@ def definition(
     shape = [1, -1] + [1] * (x.dim() - 2)
     scale = None if weight is None else weight.view(shape)
     if groups and mean is None:
-        d = x.reshape(x.shape[0], groups, -1)
+        d = x.reshape(x.shape[0], groups, x.shape[1] // groups * prod(x.shape[2:]))
         d = _centred(d, [2])
         y = (d * torch.rsqrt((d * d).mean(2, keepdim=True) + eps)).view_as(x)
         y = y if scale is None else y * scale
