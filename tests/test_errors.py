@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -273,3 +274,33 @@ def test_a_row_twice() -> None:
     """The table refuses a second op of one name."""
     with pytest.raises(ValueError, match="has an op 'relu' already"):
         register(TABLE["relu"])
+
+
+@pytest.mark.parametrize("asked", [None, "torch", "reference", "cpu"])
+def test_numbers_that_are_no_ints(asked: str | None) -> None:
+    """torch's type of error, and what is wanted."""
+    x = torch.randn(2, 64)
+    ours = asked in ("reference", "cpu")
+    for op in (functional.layer_norm, functional.rms_norm):
+        for shape in ((64.0,), torch.tensor([64]), 64, "64", (True,), {64}):
+            match = f"pydl: {op.__name__}: normalized_shape is .*ints, such as" if ours else "ints"
+            with pytest.raises(TypeError, match=match):
+                op(x, shape, backend=asked)
+        op(x, [np.int64(64)], backend=asked)
+    for op in (functional.add_layer_norm, functional.add_rms_norm):
+        with pytest.raises(TypeError, match=rf"pydl: {op.__name__}: .* 64, wants a list .*\[64\]"):
+            op(x, x, 64, backend=asked)
+    for groups in (True, 2.0):
+        match = "pydl: group_norm: num_groups is .*, wants an int" if ours else "must be int"
+        with pytest.raises(TypeError, match=match):
+            functional.group_norm(x, groups, backend=asked)
+
+
+@pytest.mark.parametrize("asked", [None, "torch", "reference", "cpu"])
+def test_activations_that_there_are_not(asked: str | None) -> None:
+    """Whichever way it goes, the op that was called is named."""
+    x = torch.randn(2, 6, 3)
+    with pytest.raises(ValueError, match="pydl: group_norm: act is 'nope', wants one of identity"):
+        functional.group_norm(x, 2, act="nope", backend=asked)
+    with pytest.raises(ValueError, match="pydl: batch_norm_act: act is 'nope'"):
+        functional.batch_norm_act(x, None, None, training=True, act="nope", backend=asked)
