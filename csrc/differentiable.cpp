@@ -1,5 +1,6 @@
 #include "differentiable.h"
 
+#include <ATen/Functions.h>
 #include <ATen/SequenceNumber.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Dtype.h>
@@ -112,6 +113,12 @@ PyObject* tuple_of(const variable_list& tensors) {
   return make_tuple(tensors.size(), [&](size_t i) { return THPVariable_Wrap(tensors[i]); });
 }
 
+// Kernels read memory, which a ZeroTensor has none of.
+at::Tensor with_memory(const at::Tensor& gradient) {
+  if (!gradient.defined() || !gradient._is_zerotensor()) return gradient;
+  return at::zeros(gradient.sizes(), gradient.options()).add(gradient);
+}
+
 at::Tensor tensor_of(const Op& op, PyObject* object) {
   if (object == Py_None) return {};
   if (!THPVariable_Check(object)) {
@@ -134,7 +141,8 @@ struct OpFunction : torch::autograd::Function<OpFunction> {
     const pybind11::gil_scoped_acquire gil;
     try {
       THPObjectPtr backend(to_python(data["backend"]));
-      THPObjectPtr dys(tuple_of(gradients));
+      THPObjectPtr dys(make_tuple(
+          gradients.size(), [&](size_t i) { return THPVariable_Wrap(with_memory(gradients[i])); }));
       THPObjectPtr tensors(tuple_of(saved));
       THPObjectPtr scalars(make_tuple(
           data.size() - 2, [&](size_t i) { return to_python(data[std::to_string(i)]); }));

@@ -214,3 +214,16 @@ def test_compiled_autograd_of_compiled_ops(op: Op) -> None:
             got = step()
             assert want and all(map(torch.equal, got, want)), case.label
             torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_zero_tensors(op: Op, create: bool) -> None:
+    """Of an upstream gradient without memory, as torch has them, the gradients are zeros."""
+    case = harness.plain(op)
+    leaves = harness.leaves(case)
+    outs = harness.called(op.function, case, leaves, backend="cpu")
+    zeros = [torch._efficientzerotensor(out.shape, dtype=out.dtype) for out in outs]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = torch.autograd.grad(outs, wanted, zeros, create_graph=create, allow_unused=True)
+    for grad in found:
+        assert grad is None or (not grad._is_zerotensor() and torch.equal(grad, 0 * grad))
