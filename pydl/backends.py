@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydl import calibration
+from pydl import calibration, switches
 from pydl._native import C
 
 NAMES = ("torch", "reference", "cpu", "cuda", "triton")
@@ -38,8 +38,11 @@ def _check_name(name: str, where: str) -> str:
 
 
 _environment: str | None = os.environ.get("PYDL_BACKEND") or None
-if _environment is not None:
-    _check_name(_environment, "the environment variable PYDL_BACKEND")
+try:
+    _environment = _environment and _check_name(_environment, "PYDL_BACKEND")
+except ValueError as error:
+    switches.refuse("PYDL_BACKEND", str(error))
+    _environment = None
 
 
 class _Chosen(threading.local):
@@ -243,9 +246,7 @@ def choose(
     if missing := unavailable(name):
         reasons.append(missing)
     elif not anywhere and first.device.type not in served:
-        reasons.append(
-            f"it serves {' and '.join(served)} tensors, input is on {first.device}"
-        )
+        reasons.append(f"it serves {' and '.join(served)} tensors, input is on {first.device}")
     dtypes = tuple(dtype for dtype in dtypes if takes(name, dtype))
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in dtypes:

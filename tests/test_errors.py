@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +74,9 @@ def test_integers_in_the_definitions() -> None:
     with pytest.raises(RuntimeError, match=r"sigmoid.*'reference'.*has dtype int64, wants float32"):
         functional.sigmoid(x, backend="reference")
     for backend in (None, "reference", "torch"):
-        with pytest.raises(RuntimeError, match=r"swish: input has dtype torch.int64, wants a float"):
+        with pytest.raises(
+            RuntimeError, match=r"swish: input has dtype torch.int64, wants a float"
+        ):
             functional.swish(x, torch.tensor([2]), backend=backend)
     assert torch.equal(functional.sigmoid(x), torch.sigmoid(x))
 
@@ -239,10 +246,23 @@ def test_levels_that_are_none() -> None:
     """PYDL_CPU_LEVEL: a wrong name, or more than the CPU has, is refused at import."""
     done = harness.python("import pydl", PYDL_CPU_LEVEL="sse9")
     assert done.returncode != 0
-    assert "PYDL_CPU_LEVEL is sse9, wants baseline, avx2 or avx512" in done.stderr
+    assert "ValueError: pydl: PYDL_CPU_LEVEL is sse9, wants baseline, avx2 or avx512" in done.stderr
+    assert "build it again" not in done.stderr
     if _native.C.machine_level() != "avx512":
         done = harness.python("import pydl", PYDL_CPU_LEVEL="avx512")
         assert done.returncode != 0 and "but this CPU has" in done.stderr
+
+
+@pytest.mark.parametrize("jobs", ["abc", "0", "-2", "1.5"])
+def test_compilers_at_once_that_are_no_number(jobs: str, tmp_path: Path) -> None:
+    """MAX_JOBS: the build ends with its name and a remedy before anything is compiled."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path)],
+        cwd=harness.ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "MAX_JOBS": jobs},
+    )  # fmt: skip
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert f"pydl: MAX_JOBS is '{jobs}'\npydl: remedy: " in done.stderr
 
 
 def test_triton_is_missed_only_where_it_is_wanted() -> None:
