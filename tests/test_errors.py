@@ -324,3 +324,28 @@ def test_activations_that_there_are_not(asked: str | None) -> None:
         functional.group_norm(x, 2, act="nope", backend=asked)
     with pytest.raises(ValueError, match="pydl: batch_norm_act: act is 'nope'"):
         functional.batch_norm_act(x, None, None, training=True, act="nope", backend=asked)
+
+
+@pytest.mark.parametrize("asked", [None, "torch", "reference", "cpu"])
+def test_arguments_of_another_kind(asked: str | None) -> None:
+    """What is no number, no dimension or no pattern is named, whoever computes."""
+    x = torch.ones(2, 3)
+    for beta in ("a", None, 1j):
+        with pytest.raises(TypeError, match=f"pydl: swish: beta is {beta!r}, wants a number or"):
+            functional.swish(x, beta, backend=asked)  # type: ignore[arg-type]
+    assert torch.equal(
+        functional.swish(x, np.float32(2), backend=asked), functional.swish(x, 2.0, backend=asked)
+    )
+    for dim in (2, -3):
+        for bias in (torch.ones(3), None):
+            with pytest.raises(IndexError, match=rf"bias_act: dim is {dim}, wants -2 to 1 for .*3"):
+                functional.bias_act(x, bias, dim=dim, backend=asked)
+
+
+def test_patterns_and_channels_of_another_kind() -> None:
+    for name in ("include", "exclude"):
+        with pytest.raises(TypeError, match=f"pydl: replace: {name} has 3, wants module types"):
+            pydl.replace(torch.nn.Sequential(torch.nn.ReLU()), **{name: 3})  # type: ignore[arg-type]
+    for expansion in (0, -2):
+        with pytest.raises(ValueError, match=f"BottleneckBlock: expansion is {expansion}, wants 1"):
+            pydl.nn.BottleneckBlock(6, 8, expansion=expansion)
