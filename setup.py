@@ -118,6 +118,14 @@ def arch_flags(torch) -> list[str]:
     return flags
 
 
+def ninja_jobs() -> list[str]:
+    """ninja's option for MAX_JOBS; none where that is not set."""
+    jobs = os.environ.get("MAX_JOBS", "")
+    if jobs and not (jobs.isascii() and jobs.isdigit() and int(jobs) > 0):
+        stop(f"MAX_JOBS is {jobs!r}", "set it to how many compilers run at once, or unset it")
+    return ["-j", jobs] if jobs else []
+
+
 class Build(build_ext):
     """Writes a ninja file and runs it: one object per file and level, rebuilt when an include
     changed."""
@@ -126,7 +134,7 @@ class Build(build_ext):
         torch = find_torch()
         from torch.utils import cpp_extension
 
-        compiler, nvcc = find_compiler(), find_nvcc(torch)
+        compiler, nvcc, jobs = find_compiler(), find_nvcc(torch), ninja_jobs()
         # Kept between builds, editable ones too, which get a temporary folder from setuptools.
         work = (
             ROOT
@@ -197,8 +205,7 @@ class Build(build_ext):
         (work / "build.ninja").write_text("\n".join(rules + lines) + "\n")
         ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-        jobs = os.environ.get("MAX_JOBS")
-        subprocess.run([*command, "-C", str(work), *(["-j", jobs] if jobs else [])], check=True)
+        subprocess.run([*command, "-C", str(work), *jobs], check=True)
 
         built = {
             "torch": torch.__version__,

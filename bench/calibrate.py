@@ -7,7 +7,8 @@ smallest size on at which it is faster by 3 % (geometric mean over the row's sha
 if at that and every larger size it is slower on none of them; close calls are measured twice. The
 sizes of 16 and 64 million elements are measured on one shape, and not for attention; products are
 measured to a million, from which on they grow alike. The result replaces the part of
-`pydl/calibration.json` for this kind of device and leaves the others alone.
+`pydl/calibration.json`, or of the file that `PYDL_CALIBRATION` names, for this kind of device and
+leaves the others alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from bench.report import geometric_mean
 from pydl import backends, calibration
 from pydl.table import ATTENTION, TABLE, Case, Make, Op, Sized
 
-TABLE_FILE = Path(calibration.__file__).with_name("calibration.json")
 DTYPES = ("float32", "bfloat16", "float16")  # fp64 stays native
 SIZES = tuple(4**k for k in range(5, 14))  # from 1 thousand to 64 million
 LARGE = 4**12  # sizes from here on are measured on one shape
@@ -171,11 +171,13 @@ def _write(path: Path, device: str, name: str, dtypes: dict[str, list[Any]]) -> 
     text = json.loads(path.read_text()) if path.exists() else {}
     text.setdefault("sizes", {}).setdefault(part, {})[name] = dtypes
     text.setdefault("measured", {})[part] = machine.record(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(text, indent=1, sort_keys=True) + "\n")
 
 
-def run(settings: Settings, path: Path = TABLE_FILE, sizes: tuple[int, ...] = SIZES) -> int:
+def run(settings: Settings, path: Path | None = None, sizes: tuple[int, ...] = SIZES) -> int:
     """Measures the device and rewrites the table op by op; returns the exit status."""
+    path = path or calibration.file()
     chosen = [
         b for b in settings.backends if b in KERNELS and settings.device in backends.serves(b)
     ]

@@ -1,7 +1,10 @@
 #include "differentiable.h"
 
+#include <ATen/Functions.h>
 #include <ATen/SequenceNumber.h>
 #include <ATen/record_function.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -50,7 +53,8 @@ struct Held : torch::CustomClassHolder {
   }
 };
 
-// Numbers, strings and tensors as such, which compiled autograd can follow; the rest as objects.
+// Numbers, strings and tensors as such, and a dtype as a list of its number, which compiled
+// autograd can follow; the rest as objects, which it refuses.
 c10::IValue to_ivalue(PyObject* object) {
   if (object == Py_None) return {};
   if (PyBool_Check(object)) return object == Py_True;
@@ -62,6 +66,10 @@ c10::IValue to_ivalue(PyObject* object) {
   }
   if (PyUnicode_CheckExact(object)) return std::string(PyUnicode_AsUTF8(object));
   if (THPVariable_Check(object)) return THPVariable_Unpack(object);
+  if (THPDtype_Check(object)) {
+    const auto type = reinterpret_cast<THPDtype*>(object)->scalar_type;
+    return c10::List<int64_t>({static_cast<int64_t>(type)});
+  }
   return c10::IValue::make_capsule(c10::make_intrusive<Held>(object));
 }
 
@@ -74,6 +82,12 @@ PyObject* to_python(const c10::IValue& value) {
     return PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size()));
   }
   if (value.isTensor()) return THPVariable_Wrap(value.toTensor());
+  if (value.isList()) {
+    const auto type = static_cast<at::ScalarType>(value.toListRef()[0].toInt());
+    PyObject* dtype = reinterpret_cast<PyObject*>(torch::getTHPDtype(type));
+    Py_INCREF(dtype);
+    return dtype;
+  }
   if (value.isCapsule()) {
     PyObject* object = static_cast<Held*>(value.toCapsule().get())->object;
     Py_INCREF(object);
@@ -99,6 +113,12 @@ PyObject* tuple_of(const variable_list& tensors) {
   return make_tuple(tensors.size(), [&](size_t i) { return THPVariable_Wrap(tensors[i]); });
 }
 
+// Kernels read memory, which a ZeroTensor has none of.
+at::Tensor with_memory(const at::Tensor& gradient) {
+  if (!gradient.defined() || !gradient._is_zerotensor()) return gradient;
+  return at::zeros(gradient.sizes(), gradient.options()).add(gradient);
+}
+
 at::Tensor tensor_of(const Op& op, PyObject* object) {
   if (object == Py_None) return {};
   if (!THPVariable_Check(object)) {
@@ -121,7 +141,8 @@ struct OpFunction : torch::autograd::Function<OpFunction> {
     const pybind11::gil_scoped_acquire gil;
     try {
       THPObjectPtr backend(to_python(data["backend"]));
-      THPObjectPtr dys(tuple_of(gradients));
+      THPObjectPtr dys(make_tuple(
+          gradients.size(), [&](size_t i) { return THPVariable_Wrap(with_memory(gradients[i])); }));
       THPObjectPtr tensors(tuple_of(saved));
       THPObjectPtr scalars(make_tuple(
           data.size() - 2, [&](size_t i) { return to_python(data[std::to_string(i)]); }));

@@ -202,7 +202,8 @@ struct Elu {
   }
   template <class V>
   PYDL_HD V backward(V dy, V x) const {
-    return select(x <= splat<V>(0), dy * splat<V>(alpha) * exponential(at_most(x, 0)), dy);
+    // NaN is on the side of the exponential.
+    return select(x > splat<V>(0), dy, dy * splat<V>(alpha) * exponential(at_most(x, 0)));
   }
 };
 
@@ -220,7 +221,7 @@ struct Selu {
   template <class V>
   PYDL_HD V backward(V dy, V x) const {
     const V negative = splat<V>(kScaledAlpha) * exponential(at_most(x, 0));
-    return dy * select(x <= splat<V>(0), negative, splat<V>(kScale));
+    return dy * select(x > splat<V>(0), splat<V>(kScale), negative);
   }
 };
 

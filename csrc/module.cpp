@@ -519,6 +519,9 @@ PyMethodDef differentiable_method{"differentiable", differentiable, METH_VARARGS
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace pydl;
+#if !defined(PYDL_EMULATION)
+  pool_info();  // a bad PYDL_POOL_BYTES is refused now, and not in the middle of a call
+#endif
   register_ops();
   m.def("entries", [] {
     std::vector<std::tuple<std::string, std::string, std::string, std::string>> list;

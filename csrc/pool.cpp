@@ -5,10 +5,13 @@
 #include <c10/util/Exception.h>
 #include <sys/mman.h>
 
+#include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 
 namespace pydl {
 namespace {
@@ -21,12 +24,26 @@ struct Pool {
   PoolInfo info{};
 };
 
+// What PYDL_POOL_BYTES asks for, 1 GiB where it is not set.
+int64_t first_cap() {
+  const char* text = std::getenv("PYDL_POOL_BYTES");
+  if (text == nullptr || *text == 0) return int64_t{1} << 30;
+  int64_t bytes = 0;
+  const char* end = text + std::strlen(text);
+  const auto [rest, error] = std::from_chars(text, end, bytes);
+  if (error != std::errc{} || rest != end || bytes < 0) {
+    throw std::runtime_error(std::string("pydl: PYDL_POOL_BYTES is ") + text +
+                             ", wants a number of bytes, 0 or more, in digits");
+  }
+  return bytes;
+}
+
 // Never destroyed: tensors may die after static destructors ran.
 Pool& state() {
   static Pool* pool = [] {
+    const int64_t cap = first_cap();
     auto* made = new Pool;
-    made->info.cap = int64_t{1} << 30;
-    if (const char* bytes = std::getenv("PYDL_POOL_BYTES")) made->info.cap = std::atoll(bytes);
+    made->info.cap = cap;
     return made;
   }();
   return *pool;

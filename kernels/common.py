@@ -116,10 +116,10 @@ def act_backward(dy, s, p, ACT: tl.constexpr):
     elif ACT == 4:
         return tl.where(s > 0, dy, p * dy)
     elif ACT == 5:
-        return tl.where(s <= 0, dy * p * tl.exp(at_most(s, 0.0)), dy)
+        return tl.where(s > 0, dy, dy * p * tl.exp(at_most(s, 0.0)))
     elif ACT == 6:
         return dy * tl.where(
-            s <= 0, 1.7580993408473766 * tl.exp(at_most(s, 0.0)), 1.0507009873554805
+            s > 0, 1.0507009873554805, 1.7580993408473766 * tl.exp(at_most(s, 0.0))
         )
     elif ACT == 7:
         cdf, pdf = normal(s)

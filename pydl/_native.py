@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 
+from pydl import switches
+
+_SWITCHES = ("PYDL_CPU_LEVEL", "PYDL_POOL_BYTES")
+
 
 def load() -> Any:
     """Returns `pydl._C`.
 
     Raises:
         ImportError: it is missing, or was built against another torch; says what to do.
+        ValueError: a switch of the environment that it reads is wrong.
     """
     try:
         from pydl._built import BUILT
@@ -22,14 +27,19 @@ def load() -> Any:
             "pydl is installed elsewhere"
         ) from error
     check(str(BUILT["torch"]), torch.__version__)
-    try:
-        from pydl import _C  # type: ignore[attr-defined]
-    except ImportError as error:
-        raise ImportError(
-            f"pydl: the compiled extension does not load: {error}. Remedy: build it again: "
-            "pip install --no-build-isolation --force-reinstall --no-deps ."
-        ) from error
-    return _C
+    while True:
+        try:
+            from pydl import _C  # type: ignore[attr-defined]
+        except ImportError as error:
+            wrong = next((name for name in _SWITCHES if f"pydl: {name} is" in str(error)), None)
+            if wrong is None:
+                raise ImportError(
+                    f"pydl: the compiled extension does not load: {error}. Remedy: build it again: "
+                    "pip install --no-build-isolation --force-reinstall --no-deps ."
+                ) from error
+            switches.refuse(wrong, str(error))
+        else:
+            return _C
 
 
 def check(built: str, running: str) -> None:

@@ -249,23 +249,27 @@ def make(rule: Rule, whole: bool = False) -> Callable[..., Any]:
         @staticmethod
         def setup_context(ctx, inputs, output):
             ctx.backend = inputs[0]
-            ctx.scalars = inputs[1 + n :]
+            # A tensor goes with what is saved: kept aside, torch's compiled backward loses it.
+            drawn = [s for s in inputs[1 + n :] if isinstance(s, Tensor)]
+            ctx.scalars = tuple(Tensor if isinstance(s, Tensor) else s for s in inputs[1 + n :])
             several = output if isinstance(output, tuple) else (output,)
             given, made, extras = inputs[1 : 1 + n], several[:outputs], several[outputs:]
             if extras:
                 ctx.mark_non_differentiable(*extras)
-            ctx.save_for_backward(*(rule.saves(given, made) if rule.saves else given), *extras)
+            kept = rule.saves(given, made) if rule.saves else given
+            ctx.save_for_backward(*kept, *extras, *drawn)
             if outputs > 1:
                 ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx, *dys):
-            saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n]
-            dys = dys[:outputs]
+            saved, needs = list(ctx.saved_tensors), ctx.needs_input_grad[1 : 1 + n]
+            last_first = [saved.pop() if s is Tensor else s for s in reversed(ctx.scalars)]
+            dys, scalars = dys[:outputs], tuple(reversed(last_first))
             if all(dy is None for dy in dys):
                 return (None,) * (1 + n + len(ctx.scalars))
-            grads = backward(ctx.backend, dys, saved, ctx.scalars, needs)
-            return (None, *grads, *(None for _ in ctx.scalars))
+            grads = backward(ctx.backend, dys, tuple(saved), scalars, needs)
+            return (None, *grads, *(None for _ in scalars))
 
     Forward.__name__ = Forward.__qualname__ = "".join(part.title() for part in rule.name.split("_"))
     Backward.__name__ = Backward.__qualname__ = Forward.__name__ + "Gradient"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydl import calibration
+from pydl import calibration, switches
 from pydl._native import C
 
 NAMES = ("torch", "reference", "cpu", "cuda", "triton")
@@ -38,8 +38,11 @@ def _check_name(name: str, where: str) -> str:
 
 
 _environment: str | None = os.environ.get("PYDL_BACKEND") or None
-if _environment is not None:
-    _check_name(_environment, "the environment variable PYDL_BACKEND")
+try:
+    _environment = _environment and _check_name(_environment, "PYDL_BACKEND")
+except ValueError as error:
+    switches.refuse("PYDL_BACKEND", str(error))
+    _environment = None
 
 
 class _Chosen(threading.local):
@@ -66,6 +69,14 @@ def use_backend(name: str | None) -> Iterator[None]:
     global _traced
     if name is not None and unavailable(_check_name(name, "use_backend's argument")):
         raise RuntimeError(f"pydl: backend {name!r} is not available: {unavailable(name)}")
+    if torch.compiler.is_compiling():
+        # Neither locks nor a thread's variables can be traced, and a trace reads only this.
+        outside, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = outside
+        return
     before, mine = _chosen.backend, [name]
     with _lock:
         _inside.append(mine)
@@ -224,19 +235,18 @@ def choose(
     tensors = (first, *others)
     if name is None:
         return automatic(key(op, first) if key else op, *tensors)
-    if name in ("torch", "reference"):
+    if name == "torch":
         return name
     # The usual call, of which a small tensor's takes a few microseconds, raises nothing below.
     own = first.is_cpu if name == "cpu" else name == "cuda" and first.is_cuda and _cuda_built
     if own and dtypes is FLOATS and not others and first.dtype in FLOATS and _dense(first):
         return name
     reasons = []
+    served, anywhere = serves(name), name == "reference"
     if missing := unavailable(name):
         reasons.append(missing)
-    elif first.device.type not in serves(name):
-        reasons.append(
-            f"it serves {' and '.join(serves(name))} tensors, input is on {first.device}"
-        )
+    elif not anywhere and first.device.type not in served:
+        reasons.append(f"it serves {' and '.join(served)} tensors, input is on {first.device}")
     dtypes = tuple(dtype for dtype in dtypes if takes(name, dtype))
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in dtypes:
@@ -244,6 +254,8 @@ def choose(
             reasons.append(
                 f"tensor {i} has dtype {str(tensor.dtype).removeprefix('torch.')}, wants {wanted}"
             )
+        elif anywhere:
+            continue
         elif tensor.dtype != first.dtype:
             reasons.append(f"tensor {i} has dtype {tensor.dtype}, but the input has {first.dtype}")
         if tensor.device != first.device:

@@ -13,11 +13,12 @@ import functools
 import json
 import os
 import platform
+import warnings
 from pathlib import Path
 
 import torch
 
-from pydl import processor
+from pydl import processor, switches
 from pydl._native import C
 
 NEVER = 1 << 62
@@ -33,14 +34,26 @@ def kind(device: str) -> str:
     return f"cpu {vendor} {C.cpu_level()}"
 
 
+def file() -> Path:
+    """Where the table is, or is to be."""
+    return Path(os.environ.get("PYDL_CALIBRATION") or Path(__file__).with_name("calibration.json"))
+
+
 def read() -> dict[tuple[str, str, torch.dtype], Limits]:
-    """The table by (device type, op, dtype).
+    """The table by (device type, op, dtype); empty, with a warning, where there is no file.
 
     Raises:
         ValueError: the file is not such a table.
     """
-    path = Path(os.environ.get("PYDL_CALIBRATION") or Path(__file__).with_name("calibration.json"))
+    path = file()
     table: dict[tuple[str, str, torch.dtype], Limits] = {}
+    if not path.exists():
+        warnings.warn(
+            f"pydl: PYDL_CALIBRATION is {path}, which is not there: native PyTorch computes what "
+            "names no backend; python -m bench --calibrate writes the file",
+            stacklevel=2,
+        )
+        return table
     try:
         parts = json.loads(path.read_text())["sizes"]
         for part in sorted(parts, key=len):  # a kind's after its type's
@@ -53,13 +66,17 @@ def read() -> dict[tuple[str, str, torch.dtype], Limits]:
                     table[device, op, getattr(torch, dtype)] = (backend, sizes[0], sizes[1])
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"pydl: {path} is not a calibration table ({error!r}); "
-            "remedy: python -m bench --calibrate"
+            f"pydl: {path} is not a calibration table ({error!r}); remedy: remove it, and "
+            "python -m bench --calibrate"
         ) from error
     return table
 
 
-_table = read()
+try:
+    _table = read()
+except ValueError as error:
+    switches.refuse("PYDL_CALIBRATION", str(error))
+    _table = read()
 
 
 def _smallest() -> int:

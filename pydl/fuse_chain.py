@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
+from pydl.fuse_changes import PassesOn, changed_later
 from pydl.fuse_source import Method, expressions, places, targets, uses_of
 from pydl.fuse_step import FUNCTIONS, METHODS
 from pydl.fuse_write import Chain
@@ -35,7 +36,9 @@ Starts = Callable[[str, str], bool]
 """Whether a chain of a kind may start with the call of a key (see `Chain`)."""
 
 
-def chains(method: Method, starts: Starts, is_identity: Predicate) -> list[Chain]:
+def chains(
+    method: Method, starts: Starts, is_identity: Predicate, passes_on: PassesOn = lambda path: None
+) -> list[Chain]:
     """The chain of every call that may start one, the last first."""
     found = []
     for block in method.blocks():
@@ -45,6 +48,8 @@ def chains(method: Method, starts: Starts, is_identity: Predicate) -> list[Chain
                     found.append(chain)
                     try:
                         _Follower(method, chain, is_identity, block, index).follow()
+                        if why := changed_later(method, chain, passes_on):
+                            raise Refused(why)
                     except Refused as refusal:
                         chain.why = str(refusal)
     keys = [chain.key for chain in found]
@@ -140,6 +145,8 @@ class _Follower:
         while not isinstance(node, ast.stmt):
             parent = method.parents[node]
             if self._is_residual(parent):
+                assert isinstance(parent, ast.BinOp)
+                chain.residual = parent.right if parent.left is node else parent.left
                 chain.add = node = parent
             elif isinstance(parent, ast.Attribute) and parent.attr in METHODS:
                 outer = method.parents[parent]
@@ -192,7 +199,7 @@ class _Follower:
                 free = self.chain.kind in NORMS and self.chain.add is None
                 if not isinstance(statement.op, ast.Add) or not free:
                     raise Refused(NOTHING)
-                self.chain.add = statement
+                self.chain.add, self.chain.residual = statement, statement.value
                 return i, statement
             if not isinstance(statement, ast.Assign | ast.AnnAssign | ast.Expr | ast.Return):
                 raise Refused("its output goes into a branch, a loop or a sum")

@@ -23,6 +23,7 @@ class Chain:
         call: Where it is called.
         through: The identities between, paths and calls.
         add: The addition: of the residual, `+` or `+=`; of what is normalised, `+`.
+        residual: What is added to a normalisation's output.
         act: Where the activation is called.
         times: The product.
         module: The activation's path, where it is a module.
@@ -40,6 +41,7 @@ class Chain:
     call: ast.Call
     through: list[tuple[str, ast.Call]] = field(default_factory=list)
     add: ast.AST | None = None
+    residual: ast.expr | None = None
     act: ast.Call | None = None
     times: ast.BinOp | None = None
     module: str | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pydl import backends, calibration, pool, processor
+from pydl import backends, calibration, pool, processor, switches
 from pydl._native import C
 
 SWITCHES = {
@@ -89,6 +89,15 @@ def _calibration() -> Section:
     return {device: f"{len(ops)} ops measured" for device, ops in counts.items()}
 
 
+def _environment() -> Section:
+    found = {
+        name: switches.refused.get(name) or f"{os.environ[name]!r}: {meaning}"
+        for name, meaning in SWITCHES.items()
+        if name in os.environ or name in switches.refused
+    }
+    return found or {"none": f"of {', '.join(SWITCHES)}"}
+
+
 def collect() -> dict[str, Section]:
     """Everything that `python -m pydl info` shows, by section."""
     state = pool.info()
@@ -102,12 +111,7 @@ def collect() -> dict[str, Section]:
             "waiting": _size(state["cached"]),
             "in use": _size(state["in_use"]),
         },
-        "environment": {
-            name: f"{os.environ[name]!r}: {meaning}"
-            for name, meaning in SWITCHES.items()
-            if name in os.environ
-        }
-        or {"none": f"of {', '.join(SWITCHES)}"},
+        "environment": _environment(),
     }
 
 

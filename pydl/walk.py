@@ -53,8 +53,8 @@ class Filter:
     """`include` or `exclude`: which modules it speaks of, and which of its patterns were of use."""
 
     def __init__(self, name: str, patterns: Patterns) -> None:
-        one = isinstance(patterns, str) or callable(patterns)
-        many: Any = (patterns,) if one else () if patterns is None else patterns
+        one = isinstance(patterns, str) or callable(patterns) or not isinstance(patterns, Iterable)
+        many: Any = () if patterns is None else (patterns,) if one else patterns
         self.name, self.patterns = name, tuple[Pattern, ...](many)
         self.unused = list(self.patterns)
         for pattern in self.patterns:

@@ -260,17 +260,21 @@ def judged_gradient(
 
     The derivative that autograd takes of a definition can be inf - inf or 0 * inf where the true
     one is finite, and so can torch's. Where one of them is finite it decides. Where neither is, the
-    gradient is torch's, or a number unless the input is NaN.
+    gradient is torch's, or a number unless the input is NaN. Of an input that is NaN torch's scalar
+    code and its vectors say different things: there the definition decides where it says NaN.
     """
     if grad.shape != reference.shape or grad.dtype != same.dtype:
         return [f"{what}: {grad.dtype} {tuple(grad.shape)}, wants {same.dtype} {tuple(same.shape)}"]
     known, native = reference.to(same.dtype).isfinite(), same.isfinite()
     complaints = judged(what, grad[known], reference[known], same[known], terms, whole)
-    only = native & ~known
+    lost = reference.isnan() & (x.isnan() if x.shape == grad.shape else False)
+    if not grad[lost].isnan().all():
+        complaints.append(f"{what} of NaN: {grad[lost].tolist()[:4]}, wants NaN")
+    only = native & ~known & ~lost
     complaints += judged(
         f"{what} as torch's", grad[only], same[only].double(), same[only], terms, whole
     )
-    neither = ~known & ~native
+    neither = ~known & ~native & ~lost
     got, want = grad[neither].double(), same[neither].double()
     right = (got == want) | (got.isnan() & want.isnan())
     if x.shape == grad.shape:

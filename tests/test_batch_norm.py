@@ -187,3 +187,17 @@ def test_an_empty_batch() -> None:
         dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
         assert dx.shape == x.shape
         assert dweight.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("asked", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(0, 6, 4), (0, 6, 0), (2, 6, 0)], ids=str)
+def test_no_elements(shape: tuple[int, ...], asked: str) -> None:
+    """Of no samples or no positions the definition makes as much, under torch.func too."""
+    x = torch.zeros(shape)
+    calls = [lambda t: functional.group_norm(t, 2, backend=asked)]
+    if shape[0] == 0:
+        calls.append(lambda t: functional.instance_norm(t, backend=asked))
+    for call in calls:
+        assert call(x).shape == x.shape
+        gradient = torch.func.grad(lambda t, call=call: call(t).sum())(x)
+        assert gradient.shape == x.shape

@@ -33,9 +33,25 @@ def test_a_bad_calibration(text: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_missing_calibration(tmp_path: Path) -> None:
-    """So for a file that is not there."""
-    done = harness.python("import pydl", PYDL_CALIBRATION=str(tmp_path / "none.json"))
-    assert done.returncode != 0 and "none.json is not a calibration table" in done.stderr
+    """A file that is not there is an empty table, with a warning, and can be written."""
+    path = tmp_path / "new" / "none.json"
+    code = """
+import torch, pydl
+from pydl import backends, calibration
+assert calibration.read() == {} and backends.choose("gelu", None, torch.ones(1 << 22)) == "torch"
+"""
+    done = harness.python(code, PYDL_CALIBRATION=str(path))
+    assert done.returncode == 0, done.stderr
+    assert "none.json, which is not there" in done.stderr and "--calibrate" in done.stderr
+    code = """
+from dataclasses import replace
+from bench import calibrate
+from tests.test_bench import TINY
+assert calibrate.run(replace(TINY, ops=("relu",), backends=("cpu",)), sizes=(1024,)) == 0
+"""
+    done = harness.python(code, PYDL_CALIBRATION=str(path))
+    assert done.returncode == 0, done.stderr
+    assert "relu" in json.loads(path.read_text())["sizes"][calibration.kind("cpu")]
 
 
 def test_calibration_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

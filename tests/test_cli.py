@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +49,27 @@ def test_info_names_the_switches_that_are_set() -> None:
     done = harness.python("import pydl.__main__ as m; m.main(['info'])", PYDL_CPU_LEVEL="baseline")
     assert "kernels for baseline (PYDL_CPU_LEVEL; the machine has" in done.stdout
     assert "'baseline': the instruction set" in done.stdout
+
+
+def test_info_survives_switches_that_are_wrong(tmp_path: Path) -> None:
+    """It names them, and does without; everything else refuses them."""
+    path = tmp_path / "table.json"
+    path.write_text("[]")
+    wrong = {
+        "PYDL_BACKEND": "gpu", "PYDL_CALIBRATION": str(path), "PYDL_CPU_LEVEL": "sse9",
+        "PYDL_POOL_BYTES": "much",
+    }  # fmt: skip
+    for options in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "pydl", "info", *options], cwd=harness.ROOT, text=True,
+            capture_output=True, timeout=300, env={**os.environ, **wrong},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        for name, text in wrong.items():
+            assert name in done.stdout and f"{text!r} is left out: " in done.stdout
+    for name, text in wrong.items():
+        done = harness.python("import pydl.__main__ as m; m.main(['info'])", **{name: text})
+        assert done.returncode != 0 and "ValueError: pydl: " in done.stderr, name
 
 
 def test_check_is_right(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pydl
-from pydl import functional
+from pydl import backends, functional
 from pydl.table import Case, Op
 from tests import harness, watch
 
@@ -201,6 +201,43 @@ def test_use_backend_inside() -> None:
     with watch.intercepted(recorder):
         eager = call(x)
     assert recorder.calls and torch.equal(eager, compiled(x))
+
+
+def test_use_backend_is_traced() -> None:
+    """Inside a compiled function it needs no graph of its own, and holds no longer than it says."""
+    seen = Seen()
+
+    def call(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with pydl.use_backend("cpu"):
+            first = functional.mish(x)
+            with pydl.use_backend("torch"):
+                second = functional.gelu(x)
+            third = functional.silu(x)
+        return first, second, third, functional.tanh(x)
+
+    compiled = torch.compile(call, fullgraph=True, backend=seen)
+    x = torch.randn(128)
+    for _ in range(2):
+        for got, wanted in zip(compiled(x), call(x), strict=True):
+            assert torch.equal(got, wanted)
+        assert backends.requested(None) is None and backends._traced is None
+    assert seen.graphs == 1
+    ours = {target for target in seen.targets if "pydl_" in target}
+    assert len(ours) == 2 and all("mish" in one or "silu" in one for one in ours), ours
+    with pydl.use_backend("torch"):
+        assert torch.equal(compiled(x)[0], functional.mish(x, backend="cpu"))
+        assert backends.requested(None) == backends._traced == "torch"
+
+
+def test_use_backend_that_is_none_is_traced() -> None:
+    """A wrong name is an error there too."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        with pydl.use_backend("gpu"):
+            return functional.mish(x)
+
+    with pytest.raises(Exception, match="'gpu', wants one of"):
+        torch.compile(call, backend="eager")(torch.randn(8))
 
 
 def test_inplace_compiled(inplace_op: Op) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -55,10 +61,24 @@ def test_wrong_dtype(op: Op) -> None:
     case = harness.plain(op)
     for dtype in (torch.int32, torch.bool, torch.complex64):
         given = [t.to(dtype) for t in case.tensors()]
+        for backend in ("cpu", "reference"):
+            with pytest.raises(
+                RuntimeError, match=rf"pydl: {op.name}.*{str(dtype).removeprefix('torch.')}"
+            ):
+                op.function(*harness.bind(case, given), backend=backend, **case.kwargs)
+
+
+def test_integers_in_the_definitions() -> None:
+    """No backend computes them in silence, whatever they become: torch promotes them or raises."""
+    x = torch.tensor([1, 2, -5])
+    with pytest.raises(RuntimeError, match=r"sigmoid.*'reference'.*has dtype int64, wants float32"):
+        functional.sigmoid(x, backend="reference")
+    for backend in (None, "reference", "torch"):
         with pytest.raises(
-            RuntimeError, match=rf"pydl: {op.name}.*{str(dtype).removeprefix('torch.')}"
+            RuntimeError, match=r"swish: input has dtype torch.int64, wants a float"
         ):
-            op.function(*harness.bind(case, given), backend="cpu", **case.kwargs)
+            functional.swish(x, torch.tensor([2]), backend=backend)
+    assert torch.equal(functional.sigmoid(x), torch.sigmoid(x))
 
 
 def test_another_device(op: Op) -> None:
@@ -226,10 +246,23 @@ def test_levels_that_are_none() -> None:
     """PYDL_CPU_LEVEL: a wrong name, or more than the CPU has, is refused at import."""
     done = harness.python("import pydl", PYDL_CPU_LEVEL="sse9")
     assert done.returncode != 0
-    assert "PYDL_CPU_LEVEL is sse9, wants baseline, avx2 or avx512" in done.stderr
+    assert "ValueError: pydl: PYDL_CPU_LEVEL is sse9, wants baseline, avx2 or avx512" in done.stderr
+    assert "build it again" not in done.stderr
     if _native.C.machine_level() != "avx512":
         done = harness.python("import pydl", PYDL_CPU_LEVEL="avx512")
         assert done.returncode != 0 and "but this CPU has" in done.stderr
+
+
+@pytest.mark.parametrize("jobs", ["abc", "0", "-2", "1.5"])
+def test_compilers_at_once_that_are_no_number(jobs: str, tmp_path: Path) -> None:
+    """MAX_JOBS: the build ends with its name and a remedy before anything is compiled."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path)],
+        cwd=harness.ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "MAX_JOBS": jobs},
+    )  # fmt: skip
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert f"pydl: MAX_JOBS is '{jobs}'\npydl: remedy: " in done.stderr
 
 
 def test_triton_is_missed_only_where_it_is_wanted() -> None:
@@ -261,3 +294,58 @@ def test_a_row_twice() -> None:
     """The table refuses a second op of one name."""
     with pytest.raises(ValueError, match="has an op 'relu' already"):
         register(TABLE["relu"])
+
+
+@pytest.mark.parametrize("asked", [None, "torch", "reference", "cpu"])
+def test_numbers_that_are_no_ints(asked: str | None) -> None:
+    """torch's type of error, and what is wanted."""
+    x = torch.randn(2, 64)
+    ours = asked in ("reference", "cpu")
+    for op in (functional.layer_norm, functional.rms_norm):
+        for shape in ((64.0,), torch.tensor([64]), 64, "64", (True,), {64}):
+            match = f"pydl: {op.__name__}: normalized_shape is .*ints, such as" if ours else "ints"
+            with pytest.raises(TypeError, match=match):
+                op(x, shape, backend=asked)
+        op(x, [np.int64(64)], backend=asked)
+    for op in (functional.add_layer_norm, functional.add_rms_norm):
+        with pytest.raises(TypeError, match=rf"pydl: {op.__name__}: .* 64, wants a list .*\[64\]"):
+            op(x, x, 64, backend=asked)
+    for groups in (True, 2.0):
+        match = "pydl: group_norm: num_groups is .*, wants an int" if ours else "must be int"
+        with pytest.raises(TypeError, match=match):
+            functional.group_norm(x, groups, backend=asked)
+
+
+@pytest.mark.parametrize("asked", [None, "torch", "reference", "cpu"])
+def test_activations_that_there_are_not(asked: str | None) -> None:
+    """Whichever way it goes, the op that was called is named."""
+    x = torch.randn(2, 6, 3)
+    with pytest.raises(ValueError, match="pydl: group_norm: act is 'nope', wants one of identity"):
+        functional.group_norm(x, 2, act="nope", backend=asked)
+    with pytest.raises(ValueError, match="pydl: batch_norm_act: act is 'nope'"):
+        functional.batch_norm_act(x, None, None, training=True, act="nope", backend=asked)
+
+
+@pytest.mark.parametrize("asked", [None, "torch", "reference", "cpu"])
+def test_arguments_of_another_kind(asked: str | None) -> None:
+    """What is no number, no dimension or no pattern is named, whoever computes."""
+    x = torch.ones(2, 3)
+    for beta in ("a", None, 1j):
+        with pytest.raises(TypeError, match=f"pydl: swish: beta is {beta!r}, wants a number or"):
+            functional.swish(x, beta, backend=asked)  # type: ignore[arg-type]
+    assert torch.equal(
+        functional.swish(x, np.float32(2), backend=asked), functional.swish(x, 2.0, backend=asked)
+    )
+    for dim in (2, -3):
+        for bias in (torch.ones(3), None):
+            with pytest.raises(IndexError, match=rf"bias_act: dim is {dim}, wants -2 to 1 for .*3"):
+                functional.bias_act(x, bias, dim=dim, backend=asked)
+
+
+def test_patterns_and_channels_of_another_kind() -> None:
+    for name in ("include", "exclude"):
+        with pytest.raises(TypeError, match=f"pydl: replace: {name} has 3, wants module types"):
+            pydl.replace(torch.nn.Sequential(torch.nn.ReLU()), **{name: 3})  # type: ignore[arg-type]
+    for expansion in (0, -2):
+        with pytest.raises(ValueError, match=f"BottleneckBlock: expansion is {expansion}, wants 1"):
+            pydl.nn.BottleneckBlock(6, 8, expansion=expansion)

@@ -197,6 +197,20 @@ def test_inplace_is_refused(inplace_op: Op, backend: str) -> None:
         inplace_op.function(shared, inplace=True, backend=backend)
 
 
+def test_inplace_on_an_inference_tensor(inplace_op: Op, backend: str) -> None:
+    """Outside of inference mode it is an error, as it is with torch, and changes nothing."""
+    with torch.inference_mode():
+        x = torch.randn(50, device=harness.device(backend))
+    before = x.clone()
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode, pytest.raises(RuntimeError, match=r"inference tensor outside"):
+            inplace_op.function(x, inplace=True, backend=backend)
+    assert torch.equal(x, before)
+    with torch.inference_mode():
+        inplace_op.function(x, inplace=True, backend=backend)
+    assert torch.equal(x, inplace_op.function(before, backend=backend))
+
+
 def test_inplace_in_a_graph(inplace_op: Op, backend: str) -> None:
     """What a view's in-place call changes, and what it spoils, autograd knows."""
     w = torch.randn(6, 8, device=harness.device(backend), requires_grad=True)

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd.graph import saved_tensors_hooks
 
 import pydl.functional as PF
 from pydl.autograd import Rule, make
+from pydl.table import Case, Op
+from tests import harness
 
 
 def _given(*shape: int) -> Tensor:
@@ -162,8 +165,6 @@ def test_anomaly_mode() -> None:
 @pytest.mark.parametrize("traced", [False, True])
 def test_compiled_autograd(traced: bool) -> None:
     """A node takes part in torch's compiled backward pass, called as it is."""
-    from torch._dynamo import compiled_autograd
-
     x, weight = _given(4, 8), _given(8)
 
     def gradients() -> list[Tensor]:
@@ -178,3 +179,51 @@ def test_compiled_autograd(traced: bool) -> None:
     with compiled if traced else nullcontext():
         for _ in range(2):
             assert all(map(torch.equal, gradients(), want))
+
+
+def _family(op: Op) -> list[Case]:
+    """A small call of an op, and one with dropout where it has that: a seed is a tensor."""
+    cases = [c for c in op.cases(torch.float32) if 0 < harness.elements(c) < 5000]
+    dropping = [c for c in cases if "dropout" in c.label and c.kwargs.get("seed") is not None]
+    return [harness.plain(op), *dropping[:1]]
+
+
+def _gradients(op: Op, case: Case) -> list[Tensor]:
+    leaves = harness.leaves(case)
+    outs = op.function(*harness.bind(case, leaves), backend="cpu", **case.kwargs)
+    sum(out.sum() for out in harness.several(outs)).backward()
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def test_compiled_autograd_of_ops(op: Op) -> None:
+    """The nodes of every op take part, whatever their scalars are: numbers, dtypes, seeds."""
+    for case in _family(op):
+        want = _gradients(op, case)
+        with compiled_autograd._enable(torch.compile(backend="eager", dynamic=False)):
+            got = _gradients(op, case)
+        assert want and all(map(torch.equal, got, want)), case.label
+    torch._dynamo.reset()
+
+
+def test_compiled_autograd_of_compiled_ops(op: Op) -> None:
+    """So do compiled steps, of which torch traces the backward pass."""
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        for case in _family(op):
+            want = _gradients(op, case)
+            step = torch.compile(lambda c=case: _gradients(op, c), backend="aot_eager")
+            got = step()
+            assert want and all(map(torch.equal, got, want)), case.label
+            torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_zero_tensors(op: Op, create: bool) -> None:
+    """Of an upstream gradient without memory, as torch has them, the gradients are zeros."""
+    case = harness.plain(op)
+    leaves = harness.leaves(case)
+    outs = harness.called(op.function, case, leaves, backend="cpu")
+    zeros = [torch._efficientzerotensor(out.shape, dtype=out.dtype) for out in outs]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = torch.autograd.grad(outs, wanted, zeros, create_graph=create, allow_unused=True)
+    for grad in found:
+        assert grad is None or (not grad._is_zerotensor() and torch.equal(grad, 0 * grad))

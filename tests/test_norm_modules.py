@@ -4,6 +4,7 @@ follows it."""
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Iterator
@@ -219,6 +220,24 @@ def test_batch_norm_act(act: str, shape: tuple[int, ...], asked: str | None) -> 
         residual = [x.flip(0)] if step % 2 else []
         same(passed(ours, x, dy, *residual), passed(theirs, x, dy, *residual))
     assert list(ours.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("asked", BACKENDS)
+def test_batch_norm_act_without_a_bias(asked: str | None) -> None:
+    """Where torch's has none, ours has none; where torch does not know the word, neither do we."""
+    if "bias" not in inspect.signature(nn.BatchNorm2d).parameters:
+        with pytest.raises(TypeError, match="bias"):
+            P.BatchNormAct(6, bias=False)
+        return
+    plain = nn.BatchNorm2d(6, bias=False, dtype=torch.float64)
+    nn.init.uniform_(plain.weight, -2, 2)
+    ours = P.BatchNormAct(6, "silu", dtype=torch.float64, bias=False)
+    ours.load_state_dict(plain.state_dict())
+    ours.backend = asked
+    theirs = Composed(plain, "silu", None)
+    for x, dy in inputs((3, 6, 2, 5), 2):
+        same(passed(ours, x, dy), passed(theirs, x, dy))
+    assert ours.bias is None and list(ours.state_dict()) == list(plain.state_dict())
 
 
 def test_batch_norm_act_shows_and_checks() -> None:

@@ -131,6 +131,19 @@ print(pool.info()["cap"], pool.info()["requests"])
     assert harness.python(code, PYDL_POOL_BYTES="12345678").stdout.split() == ["12345678", "1"]
 
 
+@pytest.mark.parametrize("text", ["abc", "1e9", "-1", "12 ", "9" * 20])
+def test_a_cap_of_the_environment_that_is_none(text: str) -> None:
+    """It is refused at import, by name."""
+    done = harness.python("import pydl", PYDL_POOL_BYTES=text)
+    assert done.returncode != 0
+    assert f"ValueError: pydl: PYDL_POOL_BYTES is {text}, wants a number of bytes" in done.stderr
+
+
+def test_an_empty_switch_is_none() -> None:
+    done = harness.python("from pydl import pool; print(pool.info()['cap'])", PYDL_POOL_BYTES="")
+    assert done.stdout.split() == [str(1 << 30)]
+
+
 def test_wrong_cap() -> None:
     with pytest.raises(ValueError, match="nbytes is -1"):
         pool.set_cap(-1)

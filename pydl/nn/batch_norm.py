@@ -121,6 +121,8 @@ class BatchNormAct(BatchStatistics):
             defaults.
         device: Where parameters and estimates live.
         dtype: Their dtype.
+        bias: Learn a bias where a weight is learnt; False with the versions of torch whose
+            `BatchNorm2d` has it.
 
     Shape: (N, C, *), the residual too, to the same.
 
@@ -144,9 +146,14 @@ class BatchNormAct(BatchStatistics):
         act_param: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         named("BatchNormAct", act, act_param)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        more = {} if bias else {"bias": False}
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **more
+        )
         self.act = act
         self.act_param = act_param
 

@@ -127,6 +127,8 @@ class BottleneckBlock(_Block):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        if expansion < 1:
+            raise ValueError(f"pydl: BottleneckBlock: expansion is {expansion}, wants 1 or more")
         if out_channels % expansion:
             raise ValueError(
                 f"pydl: BottleneckBlock: out_channels is {out_channels}, wants a multiple of "

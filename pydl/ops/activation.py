@@ -236,6 +236,7 @@ def swish(input: Tensor, beta: float | Tensor = 1.0, *, backend: str | None = No
 
     Raises:
         RuntimeError: `beta` is a tensor that fits neither.
+        TypeError: `beta` is no number and no tensor.
 
     Source: Ramachandran et al. 2017, arXiv 1710.05941. torch has no such function; its `silu` is
         beta = 1.
@@ -243,11 +244,15 @@ def swish(input: Tensor, beta: float | Tensor = 1.0, *, backend: str | None = No
     if has_torch_function_variadic(input, beta) and proxied(input, beta):
         return hand_over(swish, locals())
     if not isinstance(beta, Tensor):
+        if not (isinstance(beta, float | int) or hasattr(beta, "__float__")):
+            raise TypeError(f"pydl: swish: beta is {beta!r}, wants a number or a Tensor")
         chosen = choose("swish", backend, input)
         if chosen == "torch":
             return F.silu(input) if beta == 1 else definitions.swish(input, beta)
         return run(SWISH, chosen, False, input, float(beta))
     input, beta = _lowered(input, beta)
+    if not input.is_floating_point():
+        raise RuntimeError(f"pydl: swish: input has dtype {input.dtype}, wants a floating one")
     _check_parameter("swish", "beta", input, beta)
     chosen = choose("swish_learnt", backend, input, beta)
     if chosen == "torch":

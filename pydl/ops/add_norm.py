@@ -249,6 +249,7 @@ def add_layer_norm(
     Raises:
         ValueError: `dropout_p` is not in [0, 1].
         RuntimeError: shapes, dtypes or devices do not fit.
+        TypeError: `normalized_shape` is no list or tuple of ints.
 
     Source: Ba et al. 2016, arXiv 1607.06450.
     """
@@ -300,6 +301,7 @@ def add_rms_norm(
     Raises:
         ValueError: `dropout_p` is not in [0, 1].
         RuntimeError: shapes, dtypes or devices do not fit.
+        TypeError: `normalized_shape` is no list or tuple of ints.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """

@@ -13,6 +13,7 @@ from pydl import autograd
 from pydl.backends import FLOATS, requested
 from pydl.ops import bias_act
 from pydl.ops.channel_norm import RULE, call, measured_as
+from pydl.ops.integers import is_integer
 from pydl.ops.norm_checks import check, check_residual, check_statistics, choose
 from pydl.traced import hand_over, proxied
 
@@ -43,10 +44,12 @@ def _moments(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def _finish(y: Tensor, act: str, act_param: float | None, residual: Tensor | None) -> Tensor:
+def _finish(
+    op: str, y: Tensor, act: str, act_param: float | None, residual: Tensor | None = None
+) -> Tensor:
     """What follows the normalisation, by torch."""
     y = y if residual is None else y + residual
-    return bias_act.native(*bias_act.named("batch_norm_act", act, act_param))(y)
+    return bias_act.native(*bias_act.named(op, act, act_param))(y)
 
 
 def batch_norm(
@@ -153,7 +156,7 @@ def batch_norm_act(
     if chosen == "torch":
         check_residual("batch_norm_act", input, residual, promoted=True)
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return _finish(y, act, act_param, residual)
+        return _finish("batch_norm_act", y, act, act_param, residual)
     stats = (running_mean, running_var, training, momentum, eps)
     return _batch("batch_norm_act", chosen, input, weight, bias, residual, stats, act, act_param)
 
@@ -300,6 +303,7 @@ def group_norm(
 
     Raises:
         ValueError: one value a sample and group; there is no such activation.
+        TypeError: `num_groups` is no int.
         RuntimeError: shapes or dtypes do not fit.
 
     Source: Wu and He 2018, arXiv 1803.08494.
@@ -310,10 +314,13 @@ def group_norm(
         input = input.float()
     chosen = choose("group_norm", backend, input, weight, bias, key=measured_as)
     if chosen == "torch":
-        return _finish(F.group_norm(input, num_groups, weight, bias, eps), act, act_param, None)
+        y = F.group_norm(input, num_groups, weight, bias, eps)
+        return _finish("group_norm", y, act, act_param)
     number, parameter = bias_act.named("group_norm", act, act_param)
     check("group_norm", input, weight=weight, bias=bias)
     channels = input.shape[1]
+    if not is_integer(num_groups):
+        raise TypeError(f"pydl: group_norm: num_groups is {num_groups!r}, wants an int")
     if num_groups < 1 or channels % num_groups:
         raise RuntimeError(
             f"pydl: group_norm: num_groups is {num_groups}, wants a divisor of {channels} channels"

@@ -110,6 +110,7 @@ def _group_samples(make: Make) -> Iterator[Case]:
     yield Case("a group a channel", (make(3, 6, 5, 9), 6, make(6), make(6)))
     yield Case("no weight", (make(6, 4, 7), 2))
     yield Case("no bias", (make(6, 4, 70), 2, make(4), None, 0.5))
+    yield Case("empty", (make(0, 6, 4), 2, make(6), make(6)))
     yield Case("silu", (make(3, 8, 6, 6), 4, make(8), make(8)), {"act": "silu"})
     last = make(3, 8, 6, 6, layout="channels_last")
     yield Case("mish, channels_last", (last, 4, make(8), make(8)), {"act": "mish"})

@@ -164,6 +164,7 @@ def bias_act(
     Raises:
         ValueError: `act` or `act_param` is not as above, or `dropout_p` is not in [0, 1].
         RuntimeError: `bias` does not fit.
+        IndexError: there is no dimension `dim`.
     """
     if has_torch_function_variadic(input, bias, seed) and proxied(input, bias, seed):
         return hand_over(bias_act, locals())
@@ -171,7 +172,13 @@ def bias_act(
     check_rate("bias_act", dropout_p)
     check_seed("bias_act", seed, input.device)
     p = float(dropout_p) if training else 0.0
-    size = input.shape[dim] if input.dim() else 1
+    dims = input.dim()
+    if dims and not -dims <= dim < dims:
+        raise IndexError(
+            f"pydl: bias_act: dim is {dim}, wants {-dims} to {dims - 1} for an input of shape "
+            f"{tuple(input.shape)}"
+        )
+    size = input.shape[dim] if dims else 1
     if bias is None:
         bias = input.new_zeros(size)
     if bias.dim() != 1 or bias.numel() != size or not input.dim():

@@ -18,6 +18,7 @@ from pydl import autograd
 from pydl.autograd import Rule
 from pydl.backends import empty, empty_like, kernel
 from pydl.ops.bias_act import definition as act_definition
+from pydl.ops.channels import channels_last
 
 
 class Settings(NamedTuple):
@@ -45,7 +46,7 @@ def definition(
     shape = [1, -1] + [1] * (x.dim() - 2)
     scale = None if weight is None else weight.view(shape)
     if groups and mean is None:
-        d = x.reshape(x.shape[0], groups, -1)
+        d = x.reshape(x.shape[0], groups, x.shape[1] // groups * prod(x.shape[2:]))
         d = _centred(d, [2])
         y = (d * torch.rsqrt((d * d).mean(2, keepdim=True) + eps)).view_as(x)
         y = y if scale is None else y * scale
@@ -102,22 +103,6 @@ _LONG = 196  # 14 x 14
 def measured_as(op: str, x: Tensor) -> str:
     """Channels of few values side by side are read otherwise, and measured by themselves."""
     return op if x.shape[2:].numel() >= _LONG else f"{op}_short"
-
-
-def channels_last(x: Tensor) -> bool:
-    """Whether a tensor of four or five dimensions has its channels innermost."""
-    if x.dim() not in (4, 5) or x.is_contiguous():
-        return False
-    form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    if x.is_contiguous(memory_format=form):
-        return True
-    # Of memory with gaps it is the order that counts, as for torch's is_channels_last_strides.
-    least, strides = 0, x.stride()
-    for d in (1, *range(x.dim() - 1, 1, -1), 0):
-        if strides[d] == 0 or strides[d] < least or (d == 0 and strides[0] == strides[1]):
-            return False
-        least = strides[d] * max(1, x.shape[d])
-    return True
 
 
 def pieces_of(folded: Tensor) -> int:

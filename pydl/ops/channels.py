@@ -57,3 +57,19 @@ def sums(folded: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
     pieces = max(1, min(most, n // 8192, n // (16 * max(1, channels))))
     total = empty(folded, parameter.dtype, channels)
     return total, empty(folded, torch.float64, pieces, channels)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether a tensor of four or five dimensions has its channels innermost."""
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return False
+    form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    if x.is_contiguous(memory_format=form):
+        return True
+    # Of memory with gaps it is the order that counts, as for torch's is_channels_last_strides.
+    least, strides = 0, x.stride()
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if strides[d] == 0 or strides[d] < least or (d == 0 and strides[0] == strides[1]):
+            return False
+        least = strides[d] * max(1, x.shape[d])
+    return True

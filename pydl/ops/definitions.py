@@ -26,7 +26,9 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Tensor:
 
 
 def elu(x: Tensor, alpha: float = 1.0) -> Tensor:
-    return torch.where(x <= 0, alpha * torch.expm1(x.clamp(max=0)), x)
+    # NaN is on the side of the exponential, with its slope.
+    negative = torch.where(x > 0, torch.zeros_like(x), x)
+    return torch.where(x > 0, x, alpha * torch.expm1(negative))
 
 
 _SELU_ALPHA = 1.6732632423543772848170429916717

@@ -14,6 +14,8 @@ from torch.overrides import has_torch_function_variadic
 from pydl import autograd
 from pydl.autograd import Rule
 from pydl.backends import FLOATS, empty, empty_like, kernel
+from pydl.ops.channels import channels_last
+from pydl.ops.integers import is_integer
 from pydl.ops.norm_checks import choose, fits
 from pydl.traced import hand_over, proxied
 
@@ -102,14 +104,11 @@ def _backward(backend: str, dy: Tensor, saved: tuple, scalars: tuple, needs: tup
 
 
 def _laid_out(y: Tensor, x: Tensor) -> Tensor:
-    """torch's rms_norm keeps channels_last."""
-    if (
-        x.dim() == 4
-        and not x.is_contiguous()
-        and x.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return y.contiguous(memory_format=torch.channels_last)
-    return y
+    """torch's rms_norm keeps channels last, of a tensor with gaps too."""
+    if not channels_last(x):
+        return y
+    form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return y.contiguous(memory_format=form)
 
 
 def _rms_forward(
@@ -156,6 +155,11 @@ _rms_norm_call = autograd.make(_RMS_NORM)
 
 def check_weights(op: str, input: Tensor, shape: Sequence[int], **weights: Tensor | None) -> None:
     """Raises torch's errors, and ours for dtypes that no kernel takes."""
+    if not isinstance(shape, list | tuple) or not all(map(is_integer, shape)):
+        raise TypeError(
+            f"pydl: {op}: normalized_shape is {shape!r}, wants a list or a tuple of ints, such as "
+            f"{list(input.shape[-1:])}"
+        )
     shape = tuple(shape)
     if len(shape) == 0 or input.shape[input.dim() - len(shape) :] != shape:
         raise RuntimeError(
@@ -211,6 +215,7 @@ def layer_norm(
 
     Raises:
         RuntimeError: shapes or dtypes do not fit.
+        TypeError: `normalized_shape` is no list or tuple of ints.
 
     Source: Ba et al. 2016, arXiv 1607.06450.
     """
@@ -219,7 +224,7 @@ def layer_norm(
     input = _autocast(input)
     chosen = choose("layer_norm", backend, input, weight, bias)
     if chosen == "torch":
-        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
     check_weights("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     args = (input, weight, bias, len(normalized_shape), float(eps))
     if chosen == "reference":
@@ -251,6 +256,7 @@ def rms_norm(
 
     Raises:
         RuntimeError: shapes or dtypes do not fit.
+        TypeError: `normalized_shape` is no list or tuple of ints.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
@@ -259,7 +265,7 @@ def rms_norm(
     input = _autocast(input)
     chosen = choose("rms_norm", backend, input, weight)
     if chosen == "torch":
-        return F.rms_norm(input, list(normalized_shape), weight, eps)
+        return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
     check_weights("rms_norm", input, normalized_shape, weight=weight)
     args = (input, weight, len(normalized_shape), eps_of(input, eps))
     if chosen == "reference":

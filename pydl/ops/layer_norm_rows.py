@@ -55,6 +55,10 @@ def _samples(biased: bool) -> Any:
             yield Case("fp32 weights", (make(9, 72), (72,), *weights, *tail))
         if not biased and make.dtype != torch.float64:
             yield Case("default eps", (make(9, 72), (72,), make(72)))
+        last = make(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d)
+        yield Case("channels_last_3d", (last, (6,), make(6), *tail))
+        part = make(2, 16, 4, 9, layout="channels_last")[:, :8]
+        yield Case("channels_last, half", (part, (4, 9), make(4, 9), *tail))
 
     return draw
 

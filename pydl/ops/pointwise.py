@@ -78,6 +78,11 @@ def unary(name: str, reference: Callable[..., Tensor], derivative: Callable | No
         if special or not _dense(x):
             return x.copy_(call(backend, x.clone() if grad else x, *scalars))
         if not grad:
+            if x.is_inference() and not torch.is_inference_mode_enabled():
+                raise RuntimeError(
+                    f"pydl: {name}: inplace=True on an inference tensor outside of inference mode, "
+                    "wants a clone of it or torch.inference_mode()"
+                )
             kernel(backend, fwd)(x, x, *scalars)
             torch.autograd.graph.increment_version(x)
             return x
