@@ -21,6 +21,7 @@ from torch import nn
 
 from pydl import nn as pydl_nn
 from pydl.fuse_chain import NORMS, NOTHING, UNKNOWN, chains
+from pydl.fuse_changes import passes_on, refuse_changed
 from pydl.fuse_class import Site, derive, obstacle
 from pydl.fuse_part import LEFT, Kinds, Part, told
 from pydl.fuse_source import Method, Unreadable
@@ -160,8 +161,8 @@ class _Container:
         """What the source of a method shows."""
         try:
             method = _read(function)
-            found = chains(method, self._starts, self._is_identity, self._passes_on)
-            found += sums(method, self._starts)
+            found = chains(method, self._starts, self._is_identity) + sums(method, self._starts)
+            refuse_changed(method, found, lambda path: passes_on(self._at(path)))
         except Unreadable as why:
             for path in mentioned:
                 self.parts[path].why = self.parts[path].why or f"its container's {name} {why}"
@@ -260,18 +261,6 @@ class _Container:
 
     def _is_identity(self, path: str) -> bool:
         return type(self._at(path)) is nn.Identity
-
-    def _passes_on(self, path: str) -> bool | None:
-        """Whether a module changes its input in place; None where it returns something else."""
-        todo = [self._at(path)]
-        for module in todo:
-            if getattr(module, "inplace", False) is True:
-                return True
-            if type(module) is nn.Sequential:
-                todo += module
-            elif type(module) is not nn.Identity:
-                return None
-        return False
 
 
 def _within(path: str, key: str) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
-from pydl.fuse_changes import PassesOn, changed_later
 from pydl.fuse_source import Method, expressions, places, targets, uses_of
 from pydl.fuse_step import FUNCTIONS, METHODS
 from pydl.fuse_write import Chain
@@ -36,9 +35,7 @@ Starts = Callable[[str, str], bool]
 """Whether a chain of a kind may start with the call of a key (see `Chain`)."""
 
 
-def chains(
-    method: Method, starts: Starts, is_identity: Predicate, passes_on: PassesOn = lambda path: None
-) -> list[Chain]:
+def chains(method: Method, starts: Starts, is_identity: Predicate) -> list[Chain]:
     """The chain of every call that may start one, the last first."""
     found = []
     for block in method.blocks():
@@ -48,8 +45,6 @@ def chains(
                     found.append(chain)
                     try:
                         _Follower(method, chain, is_identity, block, index).follow()
-                        if why := changed_later(method, chain, passes_on):
-                            raise Refused(why)
                     except Refused as refusal:
                         chain.why = str(refusal)
     keys = [chain.key for chain in found]

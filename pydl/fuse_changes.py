@@ -11,6 +11,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
+from torch import nn
+
 from pydl.fuse_source import Method, places
 from pydl.fuse_step import FUNCTIONS
 from pydl.fuse_write import Chain
@@ -30,17 +32,32 @@ PassesOn = Callable[[str], bool | None]
 returns it as it is, None where it returns something else."""
 
 
-def changed_later(method: Method, chain: Chain, passes_on: PassesOn) -> str | None:
-    """How what a chain's pass keeps is changed in place after its end, which is known; or None."""
-    kept = {"norm": chain.residual, "gate": chain.call.args[0]}.get(chain.kind)
-    if kept is None:
-        return None
-    walk = _Walk(method, chain, kept, passes_on)
-    walk.block(method.node.body)
-    if not walk.changed:
-        return None
-    what = "what is added to it" if chain.kind == "norm" else "its input"
-    return f"{what} is changed in place afterwards, and the pass would keep it"
+def passes_on(module: nn.Module | None) -> bool | None:
+    """The same of a module."""
+    todo = [module]
+    for one in todo:
+        if getattr(one, "inplace", False) is True:
+            return True
+        if type(one) is nn.Sequential:
+            todo += one
+        elif type(one) is not nn.Identity:
+            return None
+    return False
+
+
+def refuse_changed(
+    method: Method, chains: list[Chain], passes_on: PassesOn = lambda path: None
+) -> None:
+    """Says why of a method's chains whose pass would keep what is changed in place after it."""
+    for chain in chains:
+        gate = chain.kind == "gate"
+        kept = chain.call.args[0] if gate else chain.residual
+        if chain.why is None and kept is not None:
+            walk = _Walk(method, chain, kept, passes_on)
+            walk.block(method.node.body)
+            if walk.changed:
+                what = "its input" if gate else "what is added to it"
+                chain.why = f"{what} is changed in place afterwards, and the pass would keep it"
 
 
 class _Walk:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pydl.fuse_chain import chains
+from pydl.fuse_changes import refuse_changed
 from pydl.fuse_run import Fused
 from pydl.fuse_source import Method, Unreadable
 from pydl.fuse_sum import sums
@@ -71,6 +72,7 @@ def _derive(
             between = {path for site in here for path in site[3]}
             found = chains(source, lambda *start, of=starts: start in of, between.__contains__)
             found += sums(source, lambda *start, of=starts: start in of)
+            refuse_changed(source, found)
             found = [chain for chain in found if chain.why is None]
             members[name] = rewrite(source, found)
     cls = type(base.__name__, (Fused, base), members)

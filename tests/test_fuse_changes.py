@@ -76,6 +76,14 @@ class InALoop(Base):
         return y
 
 
+class AtASequentialsEnd(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        r = x * 1
+        y = F.relu(self.shortcut(x) + r)
+        r.mul_(2)
+        return y + r
+
+
 class Gated(Base):
     """A relu keeps its output, a pass with the product the input."""
 
@@ -116,6 +124,16 @@ def test_residuals_that_change(cls: type[Base]) -> None:
     assert not report.fused
     why = {one.path: one.why for one in report.unfused}
     assert "what is added to it is changed in place afterwards" in why["bn1"]
+    same(plain, fused, X)
+
+
+def test_residuals_of_a_sequential_that_change() -> None:
+    plain = AtASequentialsEnd().double()
+    fused = copy.deepcopy(plain)
+    report = fuse(fused, backend="cpu")
+    assert not report.fused
+    why = {one.path: one.why for one in report.unfused}
+    assert "what is added to it is changed in place afterwards" in why["shortcut.1"]
     same(plain, fused, X)
 
 
