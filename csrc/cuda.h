@@ -9,6 +9,10 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #define PYDL_HD __host__ __device__ __forceinline__
 #define PYDL_DEVICE __device__ __forceinline__
 #define PYDL_NOINLINE __device__ __noinline__
@@ -64,22 +68,31 @@ inline cudaLaunchAttribute cluster_attribute(int cluster) {
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   return attribute;
 }
-// Whether the device, and the code that was built for it, know clusters, and one has room.
+// Whether the device, and the code that was built for it, know clusters, and one has room. Asked
+// once: the answers take longer than a launch.
 template <class... Args>
 bool clusters_fit(void (*kernel)(Args...), int cluster, dim3 block, size_t shared_bytes) {
   if (cluster == 1) return true;
-  cudaFuncAttributes code;
-  int device = 0, major = 0, count = 0;
+  static std::mutex mutex;
+  static std::map<std::tuple<void (*)(Args...), int, int>, bool> known;
+  int device = 0;
   cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, fresh] = known.try_emplace({kernel, cluster, device}, false);
+  if (!fresh) return found->second;
+  cudaFuncAttributes code;
+  int major = 0, count = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (major < 9 || cudaFuncGetAttributes(&code, kernel) != cudaSuccess || code.ptxVersion < 90) {
-    return false;
+  if (major >= 9 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90) {
+    allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
+    cudaLaunchAttribute attribute = cluster_attribute(cluster);
+    const cudaLaunchConfig_t config = {
+        dim3(static_cast<unsigned>(cluster)), block, shared_bytes, nullptr, &attribute, 1u};
+    found->second =
+        cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess && count > 0;
   }
-  allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
-  cudaLaunchAttribute attribute = cluster_attribute(cluster);
-  const cudaLaunchConfig_t config = {
-      dim3(static_cast<unsigned>(cluster)), block, shared_bytes, nullptr, &attribute, 1u};
-  return cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess && count > 0;
+  cudaGetLastError();  // an answer of no is no error of the next launch
+  return found->second;
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
