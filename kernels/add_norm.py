@@ -144,16 +144,17 @@ def bwd_long_kernel(
             value = tl.load(h + start + c + i, mask=inside, other=0.0).to(tl.float32)
             if WEIGHT:
                 g = g * tl.load(weight + c + i, mask=inside, other=0.0).to(tl.float32)
-            xhat = tl.where(inside, (value - centre) * scale, 0.0)
+            xhat = (value - centre) * tl.where(inside, scale, 0.0)
             x_sums += xhat
             g_sums += g
             gx_sums += g * xhat
         c1 = 0.0
         left = 0.0  # what rounding has left of the mean
+        c2 = tl.sum(gx_sums, axis=0) / n
         if CENTRED:
             c1 = tl.sum(g_sums, axis=0) / n
             left = tl.sum(x_sums, axis=0) / n
-        c2 = tl.sum(gx_sums, axis=0) / n - left * c1
+            c2 -= left * c1
         for c in range(0, n, BLOCK):
             inside = c + i < n
             at = start + c + i
