@@ -197,8 +197,9 @@ void forward(Stream stream, const char* op, const Out& y, const Out& sum, const 
             stream, &add_norm_fwd_kernel<T, R, H::kThreadsOf, H::kItemsOf, clusters>, norm.rows,
             cluster, to, added, means, scales, from, other, w, b, dropout, norm);
       };
-      if (packs<T, R>(norm.n, {to, from}, {added, other}) && w.packs() && b.packs() && with_row < T,
-          R, kSame ? 512 : 256, Row < R, 512, kSame ? 8 : 4, 16 / sizeof(T) >> (norm.n, launch)) {
+      using Long = Row<R, 512, kSame ? 8 : 4, 16 / sizeof(T)>;
+      if (packs<T, R>(norm.n, {to, from}, {added, other}) && w.packs() && b.packs() &&
+          with_row<T, R, kSame ? 512 : 256, Long>(norm.n, launch)) {
         return;
       }
     }
@@ -247,9 +248,9 @@ void backward(Stream stream, const char* op, const Out& dinput, const Out& dresi
               stream, &add_norm_bwd_kernel<T, R, H::kThreadsOf, H::kItemsOf, clusters>, pieces,
               cluster, flow, parts, means, scales, w, dropout, norm, pieces);
         };
+        using Long = Row<R, 512, sizeof(T), 16 / sizeof(T)>;
         if (packs<T, R>(norm.n, {flow.dinput, flow.dy}, {flow.dresidual, flow.dsum, flow.sum}) &&
-            w.packs() &&
-            with_row<T, R, 0, Row<R, 512, sizeof(T), 16 / sizeof(T)>>(norm.n, launch)) {
+            w.packs() && with_row<T, R, 0, Long>(norm.n, launch)) {
           return;
         }
       }

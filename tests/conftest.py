@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -115,3 +116,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("not tested here")
         for line in lines:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has been computed in one pass, call by call."""
+    from pydl import fuse_run
+
+    seen: list[str] = []
+    real = fuse_run.functional.batch_norm_act
+
+    def count(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(("add " if kwargs["residual"] is not None else "") + kwargs["act"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(fuse_run.functional, "batch_norm_act", count)
+    return seen

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pydl import fuse_run
 from tests.fuse_blocks import (
     ACTIVATIONS,
     CHANNELS,
@@ -30,20 +29,6 @@ from tests.fuse_blocks import (
     net,
     same,
 )  # fmt: skip
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What has been computed in one pass, call by call."""
-    seen: list[str] = []
-    real = fuse_run.functional.batch_norm_act
-
-    def count(*args: Any, **kwargs: Any) -> Tensor:
-        seen.append(("add " if kwargs["residual"] is not None else "") + kwargs["act"])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(fuse_run.functional, "batch_norm_act", count)
-    return seen
 
 
 @pytest.mark.parametrize("act,name", ACTIVATIONS, ids=[name for _, name in ACTIVATIONS])

@@ -116,24 +116,19 @@ class Untouched(Base):
         return y + n
 
 
-@pytest.mark.parametrize("cls", [Changed, Added, Assigned, ByAModule, ByAFunction, ByOut, InALoop])
-def test_residuals_that_change(cls: type[Base]) -> None:
+CHANGING = [Changed, Added, Assigned, ByAModule, ByAFunction, ByOut, InALoop]
+
+
+@pytest.mark.parametrize(
+    "cls, where", [*((cls, "bn1") for cls in CHANGING), (AtASequentialsEnd, "shortcut.1")]
+)
+def test_residuals_that_change(cls: type[Base], where: str) -> None:
     plain = cls().double()
     fused = copy.deepcopy(plain)
     report = fuse(fused, backend="cpu")
     assert not report.fused
     why = {one.path: one.why for one in report.unfused}
-    assert "what is added to it is changed in place afterwards" in why["bn1"]
-    same(plain, fused, X)
-
-
-def test_residuals_of_a_sequential_that_change() -> None:
-    plain = AtASequentialsEnd().double()
-    fused = copy.deepcopy(plain)
-    report = fuse(fused, backend="cpu")
-    assert not report.fused
-    why = {one.path: one.why for one in report.unfused}
-    assert "what is added to it is changed in place afterwards" in why["shortcut.1"]
+    assert "what is added to it is changed in place afterwards" in why[where]
     same(plain, fused, X)
 
 

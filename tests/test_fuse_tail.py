@@ -108,22 +108,6 @@ CASES: list[tuple[Any, dict[str, str]]] = [
 cases = pytest.mark.parametrize("make, wanted", CASES, ids=lambda one: getattr(one, "__name__", ""))
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What has been computed in one pass, call by call."""
-    from pydl import fuse_run
-
-    seen: list[str] = []
-    real = fuse_run.functional.batch_norm_act
-
-    def count(*args: Any, **kwargs: Any) -> Tensor:
-        seen.append(("add " if kwargs["residual"] is not None else "") + kwargs["act"])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(fuse_run.functional, "batch_norm_act", count)
-    return seen
-
-
 def pair(make: Any) -> tuple[nn.Module, nn.Module, Any]:
     torch.manual_seed(0)
     plain = make().double()

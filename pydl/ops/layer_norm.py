@@ -16,7 +16,7 @@ from pydl.autograd import Rule
 from pydl.backends import FLOATS, empty, empty_like, kernel
 from pydl.ops.channels import channels_last
 from pydl.ops.integers import is_integer
-from pydl.ops.norm_checks import choose, fits
+from pydl.ops.norm_checks import check_weight, choose
 from pydl.traced import hand_over, proxied
 
 
@@ -167,20 +167,8 @@ def check_weights(op: str, input: Tensor, shape: Sequence[int], **weights: Tenso
             f"input, whose shape is {tuple(input.shape)}"
         )
     for name, weight in weights.items():
-        if weight is None:
-            continue
-        if weight.device != input.device:
-            raise RuntimeError(
-                f"pydl: {op}: {name} is on {weight.device}, wants the input's device, "
-                f"{input.device}"
-            )
-        if weight.shape != shape:
-            raise RuntimeError(f"pydl: {op}: {name} has shape {tuple(weight.shape)}, wants {shape}")
-        if not fits(input, weight):
-            raise RuntimeError(
-                f"pydl: {op}: {name} has dtype {weight.dtype}, wants the input's, {input.dtype}, "
-                "or float32 with an input of 16 bits"
-            )
+        if weight is not None:
+            check_weight(op, input, name, weight, shape, str(shape))
 
 
 def _autocast(input: Tensor) -> Tensor:

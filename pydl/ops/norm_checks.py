@@ -35,6 +35,23 @@ def choose(
     return "torch"
 
 
+def check_weight(
+    op: str, input: Tensor, name: str, given: Tensor, shape: tuple[int, ...], wanted: str
+) -> None:
+    """Raises for another device or shape (in words: `wanted`), or a dtype that no kernel takes."""
+    if given.device != input.device:
+        raise RuntimeError(
+            f"pydl: {op}: {name} is on {given.device}, wants the input's device, {input.device}"
+        )
+    if tuple(given.shape) != shape:
+        raise RuntimeError(f"pydl: {op}: {name} has shape {tuple(given.shape)}, wants {wanted}")
+    if not fits(input, given):
+        raise RuntimeError(
+            f"pydl: {op}: {name} has dtype {given.dtype}, wants the input's, {input.dtype}, "
+            "or float32 with an input of 16 bits"
+        )
+
+
 def check(op: str, input: Tensor, residual: Tensor | None = None, **of_channels: Any) -> None:
     """Raises for what no kernel takes."""
     if input.dim() < 2:
@@ -44,20 +61,8 @@ def check(op: str, input: Tensor, residual: Tensor | None = None, **of_channels:
     for name, given in of_channels.items():
         if given is None:
             continue
-        if given.device != input.device:
-            raise RuntimeError(
-                f"pydl: {op}: {name} is on {given.device}, wants the input's device, {input.device}"
-            )
-        if tuple(given.shape) != (input.shape[1],):
-            raise RuntimeError(
-                f"pydl: {op}: {name} has shape {tuple(given.shape)}, wants a value for each of "
-                f"{input.shape[1]} channels"
-            )
-        if not fits(input, given):
-            raise RuntimeError(
-                f"pydl: {op}: {name} has dtype {given.dtype}, wants the input's, {input.dtype}, "
-                "or float32 with an input of 16 bits"
-            )
+        wanted = f"a value for each of {input.shape[1]} channels"
+        check_weight(op, input, name, given, (input.shape[1],), wanted)
     check_residual(op, input, residual)
 
 
