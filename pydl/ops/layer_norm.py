@@ -168,7 +168,7 @@ def check_weights(op: str, input: Tensor, shape: Sequence[int], **weights: Tenso
         )
     for name, weight in weights.items():
         if weight is not None:
-            check_weight(op, input, name, weight, shape, str(shape))
+            check_weight(op, input, name, weight, shape)
 
 
 def _autocast(input: Tensor) -> Tensor:

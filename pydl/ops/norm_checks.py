@@ -36,15 +36,17 @@ def choose(
 
 
 def check_weight(
-    op: str, input: Tensor, name: str, given: Tensor, shape: tuple[int, ...], wanted: str
+    op: str, input: Tensor, name: str, given: Tensor, shape: tuple[int, ...], meaning: str = ""
 ) -> None:
-    """Raises for another device or shape (in words: `wanted`), or a dtype that no kernel takes."""
+    """Raises for another device, shape (told with its `meaning`) or a dtype no kernel takes."""
     if given.device != input.device:
         raise RuntimeError(
             f"pydl: {op}: {name} is on {given.device}, wants the input's device, {input.device}"
         )
     if tuple(given.shape) != shape:
-        raise RuntimeError(f"pydl: {op}: {name} has shape {tuple(given.shape)}, wants {wanted}")
+        raise RuntimeError(
+            f"pydl: {op}: {name} has shape {tuple(given.shape)}, wants {shape}{meaning}"
+        )
     if not fits(input, given):
         raise RuntimeError(
             f"pydl: {op}: {name} has dtype {given.dtype}, wants the input's, {input.dtype}, "
@@ -59,10 +61,8 @@ def check(op: str, input: Tensor, residual: Tensor | None = None, **of_channels:
             f"pydl: {op}: input has shape {tuple(input.shape)}, wants (N, C) or more dimensions"
         )
     for name, given in of_channels.items():
-        if given is None:
-            continue
-        wanted = f"a value for each of {input.shape[1]} channels"
-        check_weight(op, input, name, given, (input.shape[1],), wanted)
+        if given is not None:
+            check_weight(op, input, name, given, (input.shape[1],), ", a value for each channel")
     check_residual(op, input, residual)
 
 
