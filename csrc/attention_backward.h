@@ -192,7 +192,8 @@ struct AttentionBackward {
       if constexpr (kDot) {
         const int64_t grain = tile_mode ? kTileTerms : kWidth;
         part.columns = {down(part.columns.begin, grain), up(part.columns.end, grain)};
-        if (tile_mode) part.rows.begin = down(part.rows.begin, kTileTerms);
+        // Queries are terms of products: what pads the last of them is zeros, what follows is not.
+        part.rows.begin = down(part.rows.begin, F::term_grain());
       }
       slopes(tile, rows, keys, part, head, packed, room, true, bias);
       const int64_t r0 = part.rows.begin, c0 = part.columns.begin;

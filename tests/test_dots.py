@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +109,49 @@ def test_what_stands_for_it_is_the_same(pair: tuple[str, str]) -> None:
         with mode(number):
             found.append(F.scaled_dot_product_attention(q, k, v, backend="cpu").float())
     torch.testing.assert_close(*found, rtol=0.01, atol=1e-3)
+
+
+# Memory that is asked for by this name holds NaN.
+_POISON = """
+#include <stdlib.h>
+#include <string.h>
+void* aligned_alloc(size_t alignment, size_t n) {
+  void* p = NULL;
+  return posix_memalign(&p, alignment, n) ? NULL : memset(p, 0xff, n);
+}
+"""
+_WINDOWS = """
+import itertools
+import torch
+from pydl import functional as F
+from pydl._native import C
+
+draw = torch.Generator().manual_seed(0)
+for tiles, (left, right), keys, queries in itertools.product(
+    (0, 2), ((0, 0), (2, 3), (-1, 0)), (1, 17, 130), (5, 32, 64, 96, 128)
+):
+    C.set_tile_mode(tiles)
+    shapes = ((1, 2, queries, 8), (1, 1, keys, 8), (1, 1, keys, 3))
+    given = [torch.randn(s, generator=draw).bfloat16().requires_grad_() for s in shapes]
+    for side in ("top_left", "bottom_right"):
+        out = F.scaled_dot_product_attention(
+            *given, enable_gqa=True, window=(left, right), causal_alignment=side, backend="cpu"
+        )
+        for one in (out, *torch.autograd.grad(out.sum(), given)):
+            assert one.isfinite().all(), (tiles, left, right, keys, queries, side)
+"""
+
+
+def test_what_memory_held_before(tmp_path: Path) -> None:
+    """Rows that no product of pairs is full of are padded by zeros, not by what was there."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or processor.fact("flags") is None:
+        pytest.skip("no C compiler for Linux")
+    source, library = tmp_path / "poison.c", tmp_path / "poison.so"
+    source.write_text(_POISON)
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    done = harness.python(_WINDOWS, LD_PRELOAD=str(library))
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump shows the code")
