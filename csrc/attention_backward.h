@@ -141,7 +141,7 @@ struct AttentionBackward {
       Buffer<A> own(pieces > 1 ? 0 : a.queries * wide());
       for (int64_t k = begin; k < end; ++k) {
         const int64_t piece = k % pieces, b = k / pieces / a.kv_heads;
-        const int64_t first = k / pieces % a.kv_heads * each;
+        const int64_t kv_head = k / pieces % a.kv_heads, first = kv_head * each;
         const int64_t t0 = key_tiles() * piece / pieces, t1 = key_tiles() * (piece + 1) / pieces;
         const Attention::Sequence s = a.sequence(b);
         clear(dk.data(), (t1 - t0) * kKeyTile * wide());
@@ -164,7 +164,7 @@ struct AttentionBackward {
           }
           if (pieces == 1) write_queries(tile, dq, 1, 0);
         }
-        write_keys(s, first / each, t0 * kKeyTile, t1 * kKeyTile, dk.data(), dv.data());
+        write_keys(s, kv_head, t0 * kKeyTile, t1 * kKeyTile, dk.data(), dv.data());
       }
     });
     if (pieces > 1) {

@@ -30,6 +30,32 @@ def test_nothing_in_five_dimensions(rows: int, keys: int, by: str | None) -> Non
     for named in ({}, {"softcap": 2.0}):
         out = F.scaled_dot_product_attention(q, k, v, backend=by, **named)
         assert torch.equal(out, torch.zeros(2, 3, 4, rows, 8))
+        out += 1  # no element stands for several
+
+
+@pytest.mark.parametrize("by", WAYS)
+@pytest.mark.parametrize(
+    ("shapes", "gqa"),
+    [
+        (((3,), (2, 3), (2, 3)), False), (((2, 3), (), (3,)), False), (((), (2, 3), (1, 1)), False),
+        (((2, 2, 3), (2, 3), (1, 1, 3)), False), (((4,), (2, 2), (2, 2)), True),
+        (((2, 6), (2, 2), (2, 3)), True), (((2, 6), (1,), (2, 6)), True),
+        (((2, 0), (2, 2), (2, 2)), True),
+    ],
+)  # fmt: skip
+def test_leading_dimensions(shapes: tuple, gqa: bool, by: str | None) -> None:
+    """As many as there are, which broadcast; keys of fewer heads than queries, and than values."""
+    draw = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(*lead, n, 8, generator=draw, dtype=torch.float64, requires_grad=True)
+        for lead, n in zip(shapes, (5, 7, 7), strict=True)
+    ]
+    results = []
+    for call, named in ((F.scaled_dot_product_attention, {"backend": by}),
+                        (TF.scaled_dot_product_attention, {})):  # fmt: skip
+        out = call(*leaves, enable_gqa=gqa, **named)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("by", WAYS)
@@ -104,6 +130,18 @@ def test_errors(by: str | None) -> None:
     for call, args, named, message in calls:
         with pytest.raises((RuntimeError, ValueError), match=f"pydl: .*_attention: {message}"):
             call(q, k, v, *args, **named, backend=by)
+    for call, args, name in (
+        (sdpa, (None, k, v), "query is a NoneType"), (sdpa, (q, k, v, [1]), "attn_mask is a list"),
+        (local, (q, [1], v, 3), "key is a list"),
+        (F.varlen_attention, (q, k, 1.0, None, None, 1, 1), "value is a float"),
+        (F.additive_attention, (q, k, v, 1, k, v), "w_q is a int"),
+        (F.gaussian_attention, (q, k, None, q), "values is a NoneType"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"pydl: {call.__name__}: {name}, wants a Tensor"):
+            call(*args, backend=by)
+    for keys in (0, 4):
+        with pytest.raises(RuntimeError, match=r"_attention: .*heads that the keys' heads divide"):
+            sdpa(q, *[k[:, :1].repeat(1, keys, 1, 1)] * 2, enable_gqa=True, window=3, backend=by)
     with pytest.raises(RuntimeError, match=r"_attention: query .*heads that broadcast"):
         sdpa(torch.ones(1, 4, 6, 8), torch.ones(1, 3, 6, 8), torch.ones(1, 3, 6, 8), softcap=1.0,
              backend=by)  # fmt: skip

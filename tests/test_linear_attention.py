@@ -422,6 +422,16 @@ def test_errors() -> None:
         linear_attention_step(x[:, :, 0], x[:, :, 0], x[:, :, 0], (state[0], state[1][..., 1:]))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("by", [None, "reference", "cpu"])
+def test_no_heads_of_queries(by: str | None, causal: bool) -> None:
+    q, *more = (torch.randn(2, h, 5, 8, requires_grad=True) for h in (0, 2, 2))
+    out = linear_attention(q, *more, causal=causal, backend=by)
+    assert out.shape == q.shape
+    for grad in torch.autograd.grad(out.sum(), more):
+        assert torch.equal(grad, torch.zeros(2, 2, 5, 8))
+
+
 @pytest.mark.parametrize("by", [None, "cpu"])
 def test_other_kinds_of_arguments(by: str | None) -> None:
     """They are named too, whoever computes."""

@@ -53,10 +53,10 @@ def _of_one(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(output, logarithm of the sum of exponentials) of (B, H, L, D) queries."""
     group = q.shape[1] // max(1, k.shape[1])
-    k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
+    k, v = (t if group == 1 else t.repeat_interleave(group, 1) for t in (k, v))
     if k.shape[2] == 0 or q.shape[2] == 0:
         none = q[..., :0].sum(-1, keepdim=True) + k[..., :0].sum() + v[..., :0].sum()
-        return none.expand(*q.shape[:3], v.shape[3]), none - math.inf
+        return none.repeat(1, 1, 1, v.shape[3]), none - math.inf
     x = (q * s.scale) @ k.transpose(-1, -2)
     if s.softcap > 0:
         x = torch.tanh(x / s.softcap) * s.softcap

@@ -91,14 +91,23 @@ def refusal(op: str, what: str) -> RuntimeError:
     return RuntimeError(f"pydl: {op}: {what}")
 
 
+def tensors(op: str, wanted: dict[str, Any], allowed: dict[str, Any]) -> None:
+    """Raises TypeError for what is no tensor, nor None where that is allowed."""
+    for given in (wanted, allowed):
+        for name, one in given.items():
+            if not isinstance(one, Tensor) and (one is not None or given is wanted):
+                raise TypeError(f"pydl: {op}: {name} is a {type(one).__name__}, wants a Tensor")
+
+
 def check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bool) -> None:
     """Raises for what does not fit."""
     shapes = f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
-    if min(q.dim(), k.dim(), v.dim()) < 2 or not q.dim() == k.dim() == v.dim():
-        raise refusal(op, f"{shapes}: wants as many dimensions of each, 2 at least")
+    if min(q.dim(), k.dim(), v.dim()) < 2:
+        raise refusal(op, f"{shapes}: wants 2 dimensions of each at least")
     if k.shape[-1] != q.shape[-1] or v.shape[-2] != k.shape[-2]:
         raise refusal(op, f"{shapes}: wants query and key of one width, and as many values as keys")
-    if gqa and (q.dim() < 3 or k.shape[-3] != v.shape[-3] or q.shape[-3] % max(1, k.shape[-3])):
+    few = min(q.dim(), k.dim(), v.dim()) < 3
+    if gqa and (few or not all(_shares(q.shape[-3], t.shape[-3]) for t in (k, v))):
         raise refusal(op, f"{shapes}: enable_gqa wants heads that the keys' heads divide")
     if mask is not None:
         if mask.device != q.device:
@@ -110,11 +119,26 @@ def check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa: bo
             )
 
 
+def _shares(heads: int, few: int) -> bool:
+    """Whether so few heads of keys or values serve so many of queries, each as many."""
+    return heads % few == 0 if few else heads == 0
+
+
+def evened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of as many heads as each other, in dimension -3."""
+    if k.shape[-3] == v.shape[-3]:
+        return k, v
+    k, v = (t.repeat_interleave(q.shape[-3] // max(1, t.shape[-3]), -3) for t in (k, v))
+    return k, v
+
+
 class Folded:
     """Queries, keys and values as (batch, heads, rows, columns), and the way back."""
 
     def __init__(self, op: str, q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> None:
-        if not gqa or q.dim() > 3:
+        if gqa:
+            k, v = evened(q, k, v)
+        if not gqa or max(q.dim(), k.dim(), v.dim()) > 3:
             kept = 3 if gqa else 2
             try:
                 leading = torch.broadcast_shapes(*(t.shape[:-kept] for t in (q, k, v)))
@@ -256,6 +280,7 @@ def scaled_dot_product_attention(
 
     Raises:
         ValueError: `dropout_p`, `causal_alignment`, `softcap` or `window` is none of the above.
+        TypeError: what is to be a tensor is none.
         RuntimeError: shapes, dtypes or devices do not fit; `attn_mask` along with `is_causal`.
 
     Source: Dao et al. 2022, arXiv 2205.14135.
@@ -270,7 +295,8 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         raise refusal(op, "attn_mask was given along with is_causal, wants one of them")
     left, right = window_of(op, window, is_causal)
-    if isinstance(query, Tensor) and query.is_nested:
+    tensors(op, {"query": query, "key": key, "value": value}, {"attn_mask": attn_mask})
+    if query.is_nested:
         from pydl.ops.jagged import attend
 
         return attend(

@@ -50,7 +50,7 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, s: Settings) -> tuple[Tensor, Ten
     if hidden is not None:
         g, v = g.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     group = q.shape[1] // max(1, k.shape[1])
-    if group > 1:
+    if group != 1:
         g, v = g.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     return f, g, v
 
@@ -209,7 +209,10 @@ def _backward(backend: str, dys: Any, saved: tuple, settings: tuple, needs: tupl
     dq, dk, dv = (rows(empty_like(t)) for t in (q, k, v))
     none = _room(q, 0)
     hidden, *further = settings
-    # Kernels return early where there is no batch; a decay has a gradient all the same.
+    if q.shape[1] == 0:  # kernels return early; keys have gradients all the same
+        dk.zero_()
+        dv.zero_()
+    # Nor do kernels look at a decay where there is no batch.
     ddecay = torch.zeros_like(decay) if needs[3] else none
     count = _pieces(backend, q, k, v)
     # On a GPU, where not causal, keys get their gradients through the first state's.

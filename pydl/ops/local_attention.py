@@ -19,6 +19,7 @@ from pydl.ops.dot_product import (
     run,
     scale_of,
     seed_of,
+    tensors,
     window_of,
 )
 from pydl.ops.philox import check_rate
@@ -67,6 +68,7 @@ def local_attention(
 
     Raises:
         ValueError: `window_size`, `dilation` or `dropout_p` is none of the above.
+        TypeError: what is to be a tensor is none.
         RuntimeError: shapes, dtypes or devices do not fit.
     """
     if has_torch_function_variadic(query, key, value, key_padding_mask, bias, seed) and proxied(
@@ -80,6 +82,10 @@ def local_attention(
     if window_size is None:
         raise ValueError(f"pydl: {op}: the window is None, wants a total width or a pair")
     p = check_rate(op, float(dropout_p))
+    tensors(
+        op, {"query": query, "key": key, "value": value},
+        {"key_padding_mask": key_padding_mask, "bias": bias},
+    )  # fmt: skip
     if bias is not None:
         query, key, value, bias = lowered(query, key, value, bias)
     else:

@@ -15,6 +15,7 @@ from pydl import autograd
 from pydl.autograd import Rule
 from pydl.backends import choose
 from pydl.ops.bias_act import lowered
+from pydl.ops.dot_product import tensors
 from pydl.ops.product import projected
 from pydl.ops.score_rule import ADDITIVE_RULE, GAUSSIAN_RULE, additive, gaussian, widely
 from pydl.traced import hand_over, proxied
@@ -80,6 +81,7 @@ def additive_attention(
         All but the mask have gradients. Saves its arguments and their projections.
 
     Raises:
+        TypeError: what is to be a tensor is none.
         RuntimeError: shapes, dtypes or devices do not fit, or the backend cannot serve the call.
 
     Source: Bahdanau et al. 2014, arXiv 1409.0473.
@@ -89,6 +91,8 @@ def additive_attention(
     ):
         return hand_over(additive_attention, locals())
     op = "additive_attention"
+    weights = {"w_q": w_q, "w_k": w_k, "w_v": w_v}
+    tensors(op, {"query": query, "keys": keys, "values": values, **weights}, {"mask": mask})
     query, keys, values, w_q, w_k, w_v = lowered(query, keys, values, w_q, w_k, w_v)
     chosen = choose(op, backend, query, keys, values, w_q, w_k, w_v)
     _check(op, query, keys, values)
@@ -168,6 +172,7 @@ def gaussian_attention(
         gradients.
 
     Raises:
+        TypeError: what is to be a tensor is none.
         RuntimeError: shapes, dtypes or devices do not fit, or the backend cannot serve the call.
 
     Source: Nadaraya 1964, doi 10.1137/1109020; Watson 1964, jstor 25049340.
@@ -175,6 +180,7 @@ def gaussian_attention(
     if has_torch_function_variadic(query, keys, values, w) and proxied(query, keys, values, w):
         return hand_over(gaussian_attention, locals())
     op = "gaussian_attention"
+    tensors(op, {"query": query, "keys": keys, "values": values, "w": w}, {})
     query, keys, values, w = lowered(query, keys, values, w)
     chosen = choose(op, backend, query, keys, values, w)
     if autograd.sharded(query) and chosen != "reference":

@@ -16,12 +16,14 @@ from pydl.ops.dot_product import (
     Window,
     at_bottom,
     check,
+    evened,
     instead,
     refusal,
     run,
     scale_of,
     seed_of,
     softcap_of,
+    tensors,
     window_of,
 )
 from pydl.ops.philox import check_rate
@@ -85,6 +87,7 @@ def varlen_attention(
     bottom, cap = at_bottom(op, causal_alignment), softcap_of(op, softcap)
     p = check_rate(op, float(dropout_p))
     left, right = window_of(op, window, is_causal)
+    tensors(op, {"query": query, "key": key, "value": value}, {})
     query, key, value = lowered(query, key, value)
     chosen = choose(op, backend, query, key, value)
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
@@ -94,8 +97,12 @@ def varlen_attention(
         )  # fmt: skip
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
     check(op, q, k, v, None, True)
-    if not enable_gqa and k.shape[1] != q.shape[1]:
-        raise refusal(op, f"{q.shape[1]} heads of queries and {k.shape[1]} of keys want enable_gqa")
+    if not enable_gqa and not k.shape[1] == v.shape[1] == q.shape[1]:
+        raise refusal(
+            op, f"{q.shape[1]} heads of queries, {k.shape[1]} of keys and {v.shape[1]} of values "
+            "want enable_gqa"
+        )  # fmt: skip
+    k, v = evened(q, k, v)
     for name, given, total in (("cu_seq_q", cu_seq_q, q), ("cu_seq_k", cu_seq_k, k)):
         if not isinstance(given, Tensor):
             raise refusal(op, f"{name} is a {type(given).__name__}, wants a Tensor")
