@@ -162,3 +162,13 @@ def test_modules_compile_for_any_batch(by: str | None) -> None:
         x = torch.randn(batch, length, 16)
         torch.testing.assert_close(compiled(x), run(x))
     torch._dynamo.reset()
+
+
+def test_local_attention_compiles_for_any_size() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(F.local_attention, backend="eager", fullgraph=True, dynamic=True)
+    for heads in (2, 4):
+        q, k, v = _qkv(2, 4, 13, 8)
+        given = (q, k[:, :heads], v[:, :heads], (2, 1))
+        torch.testing.assert_close(compiled(*given), F.local_attention(*given))
+    torch._dynamo.reset()

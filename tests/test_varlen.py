@@ -74,6 +74,32 @@ def test_as_each_by_itself(by: str | None, named: dict[str, Any]) -> None:
         assert right, (error, allowed)
 
 
+@pytest.mark.parametrize("by", WAYS)
+@pytest.mark.parametrize("lengths", [(), (4, 2)])
+def test_rows_that_no_sequence_covers(lengths: tuple[int, ...], by: str | None) -> None:
+    """Before the first sequence, after the last, or all: 0, as are their gradients, and -inf."""
+    if by in harness.BACKENDS and (why := harness.missing(by)):
+        pytest.skip(why)
+    where = harness.device(by) if by in harness.BACKENDS else "cpu"
+    x = torch.randn(9, 2, 8, generator=torch.Generator().manual_seed(0))
+    starts = _starts(lengths, where) + 2
+    inside = torch.arange(9) - 2 < 6 * bool(lengths)
+    inside[:2] = False
+
+    def run(way: str | None, rows: Tensor, begin: Tensor) -> list[Tensor]:
+        leaves = [rows.to(where).requires_grad_() for _ in range(3)]
+        out, lse = F.varlen_attention(
+            *leaves, begin, begin.clone(), 4, 4, return_lse=True, backend=way
+        )
+        flowing = out.square().sum() + torch.where(lse.isfinite(), lse, 0).sum()
+        return [out, lse.T, *torch.autograd.grad(flowing, leaves)]
+
+    found, wanted = run(by, x, starts), run("reference", x[inside], starts - 2)
+    for i, (one, want) in enumerate(zip(found, wanted, strict=True)):
+        torch.testing.assert_close(one[inside.to(where)], want, rtol=1e-4, atol=1e-5)
+        assert (one[~inside.to(where)] == (-torch.inf if i == 1 else 0)).all()
+
+
 def test_compiles_with_one_tensor_of_starts() -> None:
     x = torch.randn(9, 2, 8, requires_grad=True)
     starts = torch.tensor([0, 4, 9])

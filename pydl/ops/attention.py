@@ -96,9 +96,10 @@ def definition(
         factors = dropout_factors(shape, s.seed, s.p)
     if s.offsets_q is None or s.offsets_k is None:
         return _of_one(q, k, v, mask, relative, factors, s)
-    outs = [q.new_zeros(1, q.shape[1], 0, v.shape[3]) + 0 * q[:, :, :0].sum()]
-    lses = [q.new_zeros(1, q.shape[1], 0, 1)]
     starts_q, starts_k = s.offsets_q.tolist(), s.offsets_k.tolist()
+    none = q[:, :, :0].sum() + k[:, :, :0].sum() + v[:, :, :0].sum()
+    outs = [q.new_zeros(1, q.shape[1], starts_q[0], v.shape[3]) + none]
+    lses = [q.new_full((1, q.shape[1], starts_q[0], 1), -math.inf) + none]
     for b in range(sequences):
         rows, columns = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
         some = None

@@ -140,7 +140,8 @@ def local_attention(
     if chosen == "torch" and relative is None and p == 0:
         seen = visible(q.shape[2], k.shape[2], left, right, False, q.device)
         seen = seen if mask is None else seen & mask
-        gqa = k.shape[1] != heads
+        # Not as the comparison itself: torch takes no SymBool.
+        gqa = True if k.shape[1] != heads else False  # noqa: SIM210
         out = F.scaled_dot_product_attention(q, k, v, seen, scale=settings.scale, enable_gqa=gqa)
     else:
         out = run(chosen, *args, settings)[0]
