@@ -97,6 +97,20 @@ def find_nvcc(torch) -> str | None:
     return nvcc
 
 
+def toolkit_of(nvcc: str) -> Path:
+    """The toolkit that nvcc belongs to. It is asked, because what is on PATH may be a script."""
+    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    folder = Path(top.group(1) if top else Path(nvcc).resolve().parent.parent).resolve()
+    if not any((path / "include/cuda_runtime.h").exists() for path in (folder, Path("/usr"))):
+        stop(
+            f"cuda_runtime.h is not in {folder / 'include'}, where {nvcc} has its toolkit",
+            "install the toolkit's headers, set CUDA_HOME to a toolkit, or set PYDL_CUDA=0",
+        )
+    return folder
+
+
 def arch_flags(torch) -> list[str]:
     text = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not text and torch.cuda.is_available():
@@ -156,7 +170,7 @@ class Build(build_ext):
         host = f"-O2 {common} -fopenmp -DTORCH_EXTENSION_NAME=_C " + " ".join(includes)
         kernel = f"-O2 {common} -ffp-contract=fast -fno-math-errno -fno-trapping-math"
         if nvcc:
-            toolkit = Path(nvcc).resolve().parent.parent
+            toolkit = toolkit_of(nvcc)
             host += f" -DPYDL_CUDA -isystem {toolkit / 'include'}"
 
         x86 = platform.machine() in ("x86_64", "AMD64")
@@ -177,7 +191,8 @@ class Build(build_ext):
         link = []
         if nvcc:
             libraries += ["c10_cuda", "torch_cuda", "cudart"]
-            folders = [*cpp_extension.library_paths(device_type="cuda")]
+            parts = [toolkit / part for part in ("lib64", "lib")]
+            folders = [*folders, *(str(part) for part in parts if part.exists())]
             for source in sorted(CSRC.glob("*.cu")):
                 objects.append(work / f"{source.stem}.cu.o")
                 lines.append(

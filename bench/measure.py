@@ -48,6 +48,12 @@ class Budget:
 
 FULL = Budget()
 QUICK = Budget(seconds=0.1, rounds=3, sample=3e-5, most=40)
+# A GPU's samples differ little, and its time is dear.
+CUDA = Budget(seconds=0.25)
+
+
+def budget(device: str, quick: bool) -> Budget:
+    return QUICK if quick else CUDA if device == "cuda" else FULL
 
 
 def _summary(samples: list[float], calls: int, faults: float) -> Timing:

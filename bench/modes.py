@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import ROOT, measure
+from bench import ROOT, apart, measure
 from bench.options import Settings
 from bench.rows import Row, measured
 from pydl import use_backend
@@ -63,11 +63,16 @@ def reuse() -> None:
 def here(settings: Settings, mode: str) -> Iterator[Item]:
     """Measures in this process: yields ("row", row) for each, then ("ceilings", what
     `measure.ceilings` finds)."""
-    budget = measure.QUICK if settings.quick else measure.FULL
     with use_backend(None):
         for row in measured(settings, mode):
             yield "row", row
-    yield "ceilings", measure.ceilings(settings.device, settings.dtypes, budget)
+    yield ceilings(settings)
+
+
+def ceilings(settings: Settings) -> Item:
+    """What the machine does at best."""
+    budget = measure.budget(settings.device, settings.quick)
+    return "ceilings", measure.ceilings(settings.device, settings.dtypes, budget)
 
 
 def elsewhere(settings: Settings, mode: str) -> Iterator[Item]:
@@ -76,13 +81,13 @@ def elsewhere(settings: Settings, mode: str) -> Iterator[Item]:
     Raises:
         RuntimeError: that process failed; what it said went to stderr.
     """
-    command = [sys.executable, "-m", "bench.worker", mode]
+    command = [sys.executable, "-m", "bench.worker"]
     with subprocess.Popen(
         command, cwd=ROOT, env=os.environ | HEAP_REUSE, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     ) as process:  # fmt: skip
         assert process.stdin and process.stdout
-        process.stdin.write(settings.to_json())
+        process.stdin.write(json.dumps({"settings": settings.to_json(), "mode": mode}))
         process.stdin.close()
         try:
             for line in process.stdout:
@@ -97,6 +102,8 @@ def elsewhere(settings: Settings, mode: str) -> Iterator[Item]:
 
 def run(settings: Settings, mode: str) -> Iterator[Item]:
     """The rows of a mode, and the machine's ceilings in it."""
+    if settings.device == "cuda":
+        return apart.run(settings)
     return (elsewhere if mode == "heap-reuse" else here)(settings, mode)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench import ROOT
-from bench.peers import PEERS
+from bench.peers import COMPILING, PEERS
 from pydl import backends
 from pydl.table import TABLE
 
@@ -41,6 +41,8 @@ class Settings:
     out: str = str(LOCAL)
     quick: bool = False
     variant: str | None = None
+    minutes: float = 0.0  # 0: as long as it takes
+    lost: tuple[tuple[str, str, str, str], ...] = ()  # op, dtype, contender, why it is left out
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -48,9 +50,10 @@ class Settings:
     @staticmethod
     def from_json(text: str) -> Settings:
         given = json.loads(text)
-        shapes = given.pop("shapes")
+        shapes, lost = given.pop("shapes"), given.pop("lost")
         return Settings(
             shapes=None if shapes is None else tuple(tuple(shape) for shape in shapes),
+            lost=tuple(tuple(one) for one in lost),
             **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()},
         )
 
@@ -60,6 +63,20 @@ class Settings:
         if self.shapes is not None:
             return self.shapes
         return TABLE[op].bench_shapes[: 1 if self.quick else None]
+
+    def charted(self, op: str, shape: tuple[int, ...]) -> bool:
+        """Whether a shape is drawn: one that was asked for, or the first of its op."""
+        return self.shapes is not None or shape == TABLE[op].bench_shapes[0]
+
+    def peers_of(self, op: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The peers to measure a shape with. On a GPU those that compile, which takes longer than
+        all the rest, only with those that are drawn."""
+        slow = () if self.device == "cpu" or self.charted(op, shape) else COMPILING
+        return tuple(name for name in self.peers if name not in slow)
+
+    def lost_of(self, op: str, dtype: str) -> dict[str, str]:
+        """Why contenders are left out, by name."""
+        return {who: why for *what, who, why in self.lost if what == [op, dtype]}
 
     def dtypes_of(self, op: str) -> list[str]:
         return [name for name in self.dtypes if getattr(torch, name) in TABLE[op].dtypes]
@@ -143,6 +160,12 @@ def _modes(text: str | None, device: str) -> tuple[str, ...]:
     return MODES if text is None else _names("--modes", text, MODES, "mode of the allocator")
 
 
+def _minutes(minutes: float, device: str) -> float:
+    if minutes < 0 or (minutes and device == "cpu"):
+        raise UsageError(f"--minutes: {minutes:g}, wants a positive number, with --device cuda")
+    return minutes
+
+
 def _variant(name: str | None, ops: Sequence[str]) -> str | None:
     for op in ops if name is not None else ():
         if name not in TABLE[op].variants:
@@ -180,6 +203,8 @@ def parser() -> argparse.ArgumentParser:
                                    "allocator as it "
                    "is, or told to keep memory, which saves page faults (default on the CPU: "
                    "both)")  # fmt: skip
+    p.add_argument("--minutes", type=float, default=0.0, help="with --device cuda: begin no row "
+                   "after so many, the charts' shapes being first")  # fmt: skip
     p.add_argument("--out", type=Path, default=LOCAL, help="folder for results.json and charts")
     p.add_argument(
         "--quick", action="store_true", help="few rounds, one shape per op, torch the only peer"
@@ -213,4 +238,5 @@ def settings(args: argparse.Namespace) -> Settings:
         out=str(args.out),
         quick=args.quick,
         variant=_variant(args.variant, ops),
+        minutes=_minutes(args.minutes, args.device),
     )

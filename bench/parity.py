@@ -90,9 +90,15 @@ class Gate:
 
     def judge(self, build: Build) -> dict[str, Any]:
         """Whether a contender is right: `ok`, `checks` with errors and what is allowed, a
-        `message`."""
+        `message`.
+
+        Raises:
+            MissingKernel: its backend has none for the op.
+        """
         try:
             got = results(build, self._case, self._dys)
+        except backends.MissingKernel:
+            raise
         except Exception as error:
             # Whatever a kernel raises makes its row red, and the run goes on.
             return {"ok": False, "checks": [], "message": f"{type(error).__name__}: {error}"}

@@ -241,6 +241,7 @@ ATTENTION = "scaled_dot_product_attention"
 LOCAL = "local_attention"
 GPU = ("cuda",)
 BOTH = ("cpu", "cuda")
+COMPILING = ("compile", "flex")
 
 PEERS: dict[str, Peer] = {
     "torch": Peer("torch", "torch", BOTH, native=lambda op: op.native),

@@ -66,8 +66,9 @@ def _cells(row: Row, backend: str, peers: Sequence[str]) -> list[str | Text]:
     result = row["results"].get(backend)
     if result is None:
         blank: list[str | Text] = ["", "", ""]
+        known = backend in row["parity"]
         return [
-            Text("WRONG", style="bold red"),
+            Text("WRONG", style="bold red") if known else Text("n/a", style="dim"),
             *blank[1:],
             *(Text("–", style="dim") for _ in peers),
         ]

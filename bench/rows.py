@@ -22,9 +22,12 @@ from bench.measure import Budget, Timing
 from bench.options import PASSES, Settings, label, named
 from bench.parity import Build, Gate
 from bench.peers import PEERS
+from bench.steps import Steps, brief
+from pydl.backends import MissingKernel
 from pydl.table import TABLE, Case, Make, Op
 
 Row = dict[str, Any]
+Job = tuple[str, tuple[int, ...], str]
 JUDGED = 1 << 20  # elements
 
 
@@ -79,12 +82,6 @@ class Field:
     absent: dict[str, str]
 
 
-def _brief(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
 def _choices(op: Op, case: Case) -> dict[str, str]:
     """The backend that the automatic choice takes for each pass."""
     chose = {}
@@ -105,8 +102,12 @@ def judged_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(cut)
 
 
-def gather(op: Op, shape: tuple[int, ...], case: Case, settings: Settings) -> Field:
+def gather(
+    op: Op, shape: tuple[int, ...], case: Case, settings: Settings, steps: Steps | None = None
+) -> Field:
     """Builds all contenders of a call and sends them through the gate."""
+    steps = steps or Steps(settings.device)
+    steps.begin("")
     small = judged_shape(shape)
     dtype = case.tensors()[0].dtype
     gate = Gate(
@@ -114,14 +115,27 @@ def gather(op: Op, shape: tuple[int, ...], case: Case, settings: Settings) -> Fi
     )
     builders: dict[str, Build] = {}
     verdicts, absent = {}, {}
+    lost = settings.lost_of(op.name, str(dtype).removeprefix("torch."))
+    steps.settle()
     for name in settings.backends:
+        if name in lost:
+            verdicts[name] = {"ok": False, "checks": [], "message": lost[name]}
+            continue
         build = ours(op, name)
-        verdicts[name] = gate.judge(build)
-        if verdicts[name]["ok"]:
+        steps.begin(name)
+        try:
+            verdict = gate.judge(build)
+        except MissingKernel as error:
+            absent[name] = brief(error)
+            continue
+        steps.settle()
+        verdicts[name] = verdict
+        if verdict["ok"]:
             builders[name] = build
     chose = {"auto": _choices(op, case)} if "auto" in builders else {}
-    for name in settings.peers:
-        build = PEERS[name].builder(name, op, settings.device)
+    for name in settings.peers_of(op.name, shape):
+        steps.begin(name)
+        build = lost.get(name) or PEERS[name].builder(name, op, settings.device)
         if isinstance(build, str):
             absent[name] = build
             continue
@@ -130,7 +144,8 @@ def gather(op: Op, shape: tuple[int, ...], case: Case, settings: Settings) -> Fi
             reason = None if PEERS[name].native else gate.differs(build)
         except Exception as error:
             # A peer that fails is told with its reason; it must not end the run.
-            reason = _brief(error)
+            reason = brief(error)
+        steps.settle()
         if reason is None:
             builders[name] = build
         else:
@@ -140,19 +155,24 @@ def gather(op: Op, shape: tuple[int, ...], case: Case, settings: Settings) -> Fi
     return Field(op, named(shape, settings.variant), case, dys, builders, verdicts, chose, absent)
 
 
-def _calls(field: Field, direction: str) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The passes of the contenders, and why some have none."""
+def _calls(
+    field: Field, direction: str, steps: Steps
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The passes of the contenders, each run once, and why some have none."""
     calls, failed = {}, {}
     for name, build in field.builders.items():
+        steps.begin(name)
         try:
             calls[name] = call(build, field.case, field.dys, direction)
             with torch.set_grad_enabled(direction != "forward"):
                 calls[name]()
         except Exception as error:
-            if name in field.parity:
-                raise
             calls.pop(name, None)
-            failed[name] = _brief(error)
+            failed[name] = brief(error)
+            if name in field.parity:
+                wrong = {"ok": False, "checks": [], "message": f"{direction}: {failed.pop(name)}"}
+                field.parity[name] = wrong
+        steps.settle()
     return calls, failed
 
 
@@ -178,12 +198,15 @@ def _ceiling(times: dict[str, Timing], nbytes: int, flops: int, product: float) 
     return found
 
 
-def time_pass(field: Field, direction: str, settings: Settings, mode: str, budget: Budget) -> Row:
+def time_pass(
+    field: Field, direction: str, settings: Settings, mode: str, budget: Budget, steps: Steps
+) -> Row:
     """Times one pass of all contenders and the ceiling, interleaved."""
     op, case = field.op, field.case
     nbytes, flops = _cost(op, case, direction)
     dtype = case.tensors()[0].dtype
-    calls, failed = _calls(field, direction)
+    calls, failed = _calls(field, direction, steps)
+    steps.begin("")
     calls["ceiling copy"] = measure.copy(nbytes, settings.device)
     product = 0.0
     if flops:
@@ -224,7 +247,7 @@ def time_pass(field: Field, direction: str, settings: Settings, mode: str, budge
     }
 
 
-def jobs(settings: Settings) -> list[tuple[str, tuple[int, ...], str]]:
+def jobs(settings: Settings) -> list[Job]:
     """(op, shape, dtype) of a run, in the table's order."""
     return [
         (op, shape, dtype)
@@ -234,11 +257,23 @@ def jobs(settings: Settings) -> list[tuple[str, tuple[int, ...], str]]:
     ]
 
 
-def measured(settings: Settings, mode: str) -> Iterator[Row]:
+def prepare(settings: Settings, job: Job, steps: Steps) -> None:
+    """Runs all of a job's contenders once, which compiles what is compiled."""
+    name, shape, dtype = job
+    case = draw(TABLE[name], shape, getattr(torch, dtype), settings.device, settings.variant)
+    field = gather(TABLE[name], shape, case, settings, steps)
+    for direction in settings.passes:
+        _calls(field, direction, steps)
+
+
+def measured(
+    settings: Settings, mode: str, wanted: Sequence[Job] | None = None, steps: Steps | None = None
+) -> Iterator[Row]:
     """The rows of a run, one after the other; an op that cannot take a shape gives a row with
     `skipped`."""
-    budget = measure.QUICK if settings.quick else measure.FULL
-    for name, shape, dtype in jobs(settings):
+    budget = measure.budget(settings.device, settings.quick)
+    steps = steps or Steps(settings.device)
+    for name, shape, dtype in jobs(settings) if wanted is None else wanted:
         op = TABLE[name]
         try:
             case = draw(op, shape, getattr(torch, dtype), settings.device, settings.variant)
@@ -247,6 +282,6 @@ def measured(settings: Settings, mode: str) -> Iterator[Row]:
                 raise
             yield {"op": name, "shape": label(shape), "dtype": dtype, "skipped": str(error)}
             continue
-        field = gather(op, shape, case, settings)
+        field = gather(op, shape, case, settings, steps)
         for direction in settings.passes:
-            yield time_pass(field, direction, settings, mode, budget)
+            yield time_pass(field, direction, settings, mode, budget, steps)

@@ -88,10 +88,16 @@ def cases(record_property: Callable[[str, object], None]) -> Callable[..., list]
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
-    """No test changes the number of threads for the next."""
+    """No test changes the number of threads for the next, or leaves it a broken GPU: where tests
+    are shared out, another process goes on."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,17 +1,23 @@
 """The tests that need a GPU, for `make gpu-test`: with pytest where it is installed, and in any
 case what plain Python can check there, so that a bare machine with torch, Triton and nvcc will do.
-Writes gpu_tests.json."""
+
+Every op and backend has a process of its own, several of which run at once: a kernel that breaks
+the device, or hangs, takes no other check with it. gpu_tests.json is written after each of them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +27,10 @@ from pydl import backends, functional
 from pydl.table import TABLE
 
 BACKENDS = ("cuda", "triton")
+# Seconds that a process may take.
+PATIENCE = 240.0
+# Families whose kernels take long to compile: a process for each dtype.
+SLOW = ("attention", "linear_attention", "batch_norm")
 
 
 def same_bits_each_run(backend: str) -> None:
@@ -108,54 +118,130 @@ CHECKS: tuple[Callable[[str], None], ...] = (
 )
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class Task:
+    """A check: what to run, and what it is called."""
+
+    backend: str
+    check: str
+    command: tuple[str, ...]
+
+
+def tasks() -> list[Task]:
+    """All but pytest's, the long ones first."""
+    found = []
+    for backend in BACKENDS:
+        if backends.unavailable(backend):
+            continue
+        for op in TABLE.values():
+            names = [str(dtype).removeprefix("torch.") for dtype in op.dtypes]
+            for dtypes in names if op.family in SLOW else [",".join(names)]:
+                command = ("-m", "pydl", "check", "--device", "cuda", "--backends", backend,
+                           "--ops", op.name, "--dtype", dtypes)  # fmt: skip
+                label = f"{op.name} {dtypes}" if op.family in SLOW else op.name
+                found.append(Task(backend, label, command))
+        for check in CHECKS:
+            command = ("-m", "tests.gpu", "--one", f"{backend}:{check.__name__}")
+            found.append(Task(backend, check.__name__, command))
+    return sorted(found, key=lambda task: not task.check.startswith(SLOW))
+
+
+def run(task: Task, seconds: float) -> dict[str, object]:
+    """What came of it: `ok`, and the end of what it said."""
+    begun = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *task.command], text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={"OMP_NUM_THREADS": "2", **os.environ},
+    ) as process:  # fmt: skip
+        try:
+            said, status = process.communicate(timeout=max(seconds, 1.0))[0], process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, status = process.communicate()[0], None
+    none = "  no kernels" in said and "cases  largest" in said and " 0 cases" in said
+    ok = status == 0 or (status == 1 and none)
+    end = f"\nended after {seconds:.0f} s" if status is None else ""
+    return {
+        "backend": task.backend, "check": task.check, "ok": ok, "status": status,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "output": said[-4000:] + end if not ok else said.strip().splitlines()[-1:],
+    }  # fmt: skip
+
+
+class Results:
+    """What came of the checks so far, in gpu_tests.json."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "gpu_tests.json"
+        self.all: list[dict[str, object]] = []
+
+    def add(self, result: dict[str, object]) -> None:
+        self.all.append(result)
+        words = "ok    " if result["ok"] else "FAILED"
+        print(f"{words} {result['backend']} {result['check']} ({result['seconds']} s)", flush=True)
+        if not result["ok"]:
+            print(str(result["output"])[-1500:], flush=True)
+        record = {
+            "pydl": pydl.__version__, "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(), "ops": list(TABLE), "results": self.all,
+        }  # fmt: skip
+        self._path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def suite(count: int) -> Task:
+    """The tests under tests/ that run kernels on a GPU."""
+    names = ("test_parity", "test_gradients", "test_opcheck", "test_compile")
+    more = ["-n", str(count), "--max-worker-restart", "100"]
+    more = more if importlib.util.find_spec("xdist") else []
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        *more,
+        "-k",
+        "cuda or triton",
+        *(f"tests/{n}.py" for n in names),
+    ]
+    return Task("both", "pytest", tuple(command))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the folder for gpu_tests.json")
-    folder = parser.parse_args().out
+    parser.add_argument("--out", type=Path, help="the folder for gpu_tests.json")
+    parser.add_argument("--minutes", type=float, default=9.0, help="end what still runs then")
+    parser.add_argument("--one", help="a backend and one of the checks here, as cuda:cuda_graph")
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("tests.gpu: torch sees no CUDA device: nothing was tested")
         return 1
-    results = []
+    if args.one:
+        backend, name = args.one.split(":")
+        next(check for check in CHECKS if check.__name__ == name)(backend)
+        torch.cuda.synchronize()
+        return 0
+    if args.out is None:
+        parser.error("--out: wants a folder")
+    until = time.monotonic() + 60 * args.minutes
+    results, count = Results(args.out), max(1, min(10, (os.cpu_count() or 1) // 2))
     for backend in BACKENDS:
         if why := backends.unavailable(backend):
-            print(f"FAILED {backend}: not available: {why}")
-            results.append({"backend": backend, "check": "available", "ok": False, "error": why})
-            continue
-        for check in CHECKS:
-            start, error = time.perf_counter(), ""
-            try:
-                check(backend)
-                torch.cuda.synchronize()
-            except Exception:
-                error = traceback.format_exc()
-                print(error)
-            spent = time.perf_counter() - start
-            print(f"{'FAILED' if error else 'ok    '} {backend} {check.__name__} ({spent:.1f} s)")
-            results.append(
-                {"backend": backend, "check": check.__name__, "ok": not error, "error": error}
-            )
-    if importlib.util.find_spec("pytest"):
-        suite = [
-            f"tests/{name}.py"
-            for name in ("test_parity", "test_gradients", "test_opcheck", "test_compile")
+            results.add({"backend": backend, "check": "available", "ok": False, "seconds": 0,
+                         "output": why})  # fmt: skip
+    with ThreadPoolExecutor(count) as pool:
+        running = [
+            pool.submit(lambda t: run(t, min(PATIENCE, until - time.monotonic())), task)
+            for task in tasks()
         ]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-k", "cuda or triton", *suite]
-        )
-        results.append(
-            {"backend": "both", "check": "pytest", "ok": done.returncode == 0, "error": ""}
-        )
+        for done in as_completed(running):
+            results.add(done.result())
+    if importlib.util.find_spec("pytest"):
+        results.add(run(suite(count), until - time.monotonic()))
     else:
         print("pytest is not installed: the suite under tests/ was not run, the checks above were")
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "pydl": pydl.__version__, "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(),
-        "ops": list(TABLE), "results": results,
-    }  # fmt: skip
-    (folder / "gpu_tests.json").write_text(json.dumps(record, indent=1) + "\n")
-    failed = sum(not result["ok"] for result in results)
-    print(f"{len(results) - failed} passed, {failed} failed")
+    failed = sum(not result["ok"] for result in results.all)
+    print(f"{len(results.all) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 

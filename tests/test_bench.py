@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bench.__main__ as command
-from bench import calibrate, measure, models, modes, options, parity, report, rows
+from bench import apart, calibrate, measure, models, modes, options, parity, report, rows
 from bench.options import Settings
 from pydl import calibration
 from pydl.table import TABLE, Op
@@ -96,6 +96,70 @@ def test_nothing_wrong_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     for line in found:
         assert report.red(line) and "error" in line["parity"]["cpu"]["message"]
         assert not line["results"] and set(line["times"]) == {"torch"}
+
+
+# A worker that dies, hangs and breaks at three contenders until they are left out, and at tanh.
+_FAULTY = """
+import json, os, sys, time
+work = json.load(sys.stdin)
+lost = [(op, who) for op, _, who, _ in json.loads(work["settings"])["lost"]]
+def say(*item):
+    print(json.dumps(item), flush=True)
+for op, shape, dtype in work["jobs"]:
+    for who in ("cuda", "triton"):
+        if (op, who) in lost:
+            continue
+        say("at", who)
+        if (op, who) == ("gated_act", "cuda"):
+            sys.exit("an illegal memory access")
+        if (op, who) == ("relu", "triton"):
+            print("not an item", flush=True)
+            time.sleep(60)
+        if (op, who) == ("mish", "cuda"):
+            say("broke", "an illegal instruction")
+            os._exit(1)
+        if op == "tanh":
+            say("at", "")
+            os._exit(1)
+    say("row", {"op": op})
+    say("done", None)
+"""
+
+
+def test_a_kernel_that_breaks_the_device() -> None:
+    """Costs its contender, the rest is measured; where none was at work, it costs the row."""
+    settings = replace(TINY, ops=("gated_act", "relu", "tanh", "mish"))
+    runs = apart.Runs(settings, 0.0, (sys.executable, "-c", _FAULTY), patience=1.0)
+    found = [row for _, row in runs.over(rows.jobs(settings))]
+    assert [row["op"] for row in found] == list(settings.ops)
+    assert [row["op"] for row in found if "lost" in row] == ["tanh"]
+    assert "tanh 16x64 float32: LOST: its process ended with status 1" in found[2]["skipped"]
+    assert [(one[0], one[2]) for one in runs.settings.lost] == [
+        ("gated_act", "cuda"), ("relu", "triton"), ("mish", "cuda"),
+    ]  # fmt: skip
+    why = [one[3] for one in runs.settings.lost]
+    assert "an illegal memory access" in why[0] and "said nothing for 1 s" in why[1]
+    assert why[2] == "16x64: an illegal instruction"
+    assert Settings.from_json(runs.settings.to_json()) == runs.settings
+
+
+def test_the_rows_of_a_process_apart() -> None:
+    """As on a GPU; what is left out is told, and what comes too late as well."""
+    settings = replace(TINY, ops=("relu",), lost=(("relu", "float32", "cpu", "it broke"),))
+    found = [row for _, row in apart.Runs(settings, 0.0).over(rows.jobs(settings))]
+    assert [row["pass"] for row in found] == ["forward", "backward"]
+    assert all(row["parity"]["cpu"]["message"] == "it broke" for row in found)
+    assert all(set(row["times"]) == {"auto", "torch"} for row in found)
+    late = [row for _, row in apart.Runs(settings, 1.0).over(rows.jobs(settings))]
+    assert late[0]["skipped"] == "relu 16x64 float32: the minutes were over"
+
+
+def test_what_charts_show_comes_first() -> None:
+    settings = replace(TINY, device="cuda", peers=("torch", "compile"), shapes=None, quick=False)
+    drawn, others = apart.groups(settings)
+    assert [job[:2] for job in drawn] == [(op, (4096, 4096)) for op in settings.ops]
+    assert settings.peers_of("relu", (4096, 4096)) == settings.peers and len(others) == 5
+    assert settings.peers_of("relu", others[0][1]) == ("torch",)
 
 
 def test_a_shape_that_an_op_cannot_take() -> None:
