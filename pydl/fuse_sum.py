@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 
 from pydl.fuse_chain import CONDITIONAL, EFFECTS, Refused, Starts
-from pydl.fuse_source import Method, expressions, places, targets
+from pydl.fuse_nodes import expressions, places, targets
+from pydl.fuse_source import Method
 from pydl.fuse_write import Chain
 
 NO_SUM = "it normalises no sum that is computed in the same place"

@@ -30,6 +30,8 @@ class Chain:
         function: Its name and parameter, where it is a function.
         producer: The module that computes the first call's input; where given, nothing else may
             hold that.
+        forced: Where the value is computed before the end: the branch, its body by field, and the
+            value's name.
         called: The modules that are called between.
         stored: The statement that gives the sum a name, where the normalisation takes that.
         guards: Where one of these is true at that statement, the sum is not what is normalised.
@@ -47,6 +49,7 @@ class Chain:
     module: str | None = None
     function: tuple[str, float | None] | None = None
     producer: str | None = None
+    forced: list[tuple[ast.If, str, str]] = field(default_factory=list)
     called: list[str] = field(default_factory=list)
     stored: ast.Assign | None = None
     guards: list[ast.expr] = field(default_factory=list)
@@ -79,6 +82,7 @@ class _Rewriter(ast.NodeTransformer):
         self.modules = {call for chain in to_act for _, call in chain.through}
         self.modules |= {chain.act for chain in to_act if chain.act and chain.module is not None}
         self.functions = {chain.act: chain.function for chain in to_act if chain.function}
+        self.forced = [one for chain in chains for one in chain.forced]
         self.gates = {chain.call: chain for chain in gates}
         self.times = {chain.times for chain in gates}
         self.sums = {chain.call: chain for chain in chains if chain.kind == "sum"}
@@ -91,6 +95,10 @@ class _Rewriter(ast.NodeTransformer):
         return new if new is node else ast.copy_location(new, node)
 
     def _changed(self, node: Any) -> ast.AST:
+        for branch, body, name in self.forced:
+            if branch is node:
+                value = self._call("value", ast.Name(name, ast.Load()))
+                getattr(node, body).insert(0, ast.Assign([ast.Name(name, ast.Store())], value))
         if node in self.begins:
             return self._call("begin", node.func, node.args[0], *self._producer(self.begins[node]))
         if node in self.modules:

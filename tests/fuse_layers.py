@@ -183,7 +183,7 @@ class Rebound(Parts):
 class NotAlways(Parts):
     def forward(self, x: Tensor) -> Tensor:
         y = self.mix(x) + x
-        return y if self.cross is None else self.norm1(y)
+        return x + (y if self.cross is None else self.norm1(y))
 
 
 class Twice(Parts):
