@@ -177,7 +177,8 @@ class _Container:
                     places = [chain.call] if kind == "gate" else [chain.act, chain.add]
                     if chain.why is None and any(one and one in taken for one in places):
                         chain.why = LEFT
-                    if self._decide(name, chain):
+                    # A sum may be what different normalisations take, in branches.
+                    if self._decide(name, chain) and kind != "sum":
                         taken += places
 
     def _starts(self, kind: str, key: str) -> bool:

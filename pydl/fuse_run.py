@@ -144,14 +144,13 @@ class Fused:
             return gated(second, first)
         return first * value_of(second)
 
-    def _pydl_sum(
-        self, first: Any, second: Any, norm: Any, free: bool = True
-    ) -> tuple[Any, Tensor | None]:
-        """`first + second`, and what `norm` makes of it where one pass computes both."""
-        if free and adds(norm, first, second):
-            y, total = added(norm, first, second)
-            return total, y
-        return first + second, None
+    def _pydl_sum(self, first: Any, second: Any, *norms: Any) -> tuple[Any, ...]:
+        """`first + second`, and what one of `norms` makes of it where one pass computes both."""
+        for i, norm in enumerate(norms):
+            if norm is not None and adds(norm, first, second):
+                y, total = added(norm, first, second)
+                return (total, *(y if k == i else None for k in range(len(norms))))
+        return (first + second, *([None] * len(norms)))
 
     def _pydl_taken(self, norm: Any, total: Any, kept: Tensor | None) -> Any:
         """`norm(total)` of a sum that has been computed."""
