@@ -53,12 +53,11 @@ def _trace(method: Method, chain: Chain, block: list[ast.stmt], last: int) -> No
         return
     between: list[ast.stmt] = []
     tests: list[ast.expr] = []
-    statement, body, index = block[last], block, last
+    body, index, known = block, last, True
     while chain.add is None:
         for one in reversed(body[:index]):
             if isinstance(one, ast.If):
-                if one.orelse:
-                    raise Refused("a branch stands between the sum and its normalisation")
+                known = known and not one.orelse
                 if (within := _last_sum(one.body, value.id)) is not None:
                     chain.sums.append((within[0], [*tests]))
                 tests.insert(0, _not(one.test))
@@ -74,11 +73,11 @@ def _trace(method: Method, chain: Chain, block: list[ast.stmt], last: int) -> No
             tests.insert(0, branch.test if body is branch.body else _not(branch.test))
             body = outer
     rebound = {name.id for one in between for name in targets(one)}
-    if not all(_known(method, test, rebound) for test in tests):
+    if not known or not all(_known(method, test, rebound) for test in tests):
         raise Refused("a branch stands between the sum and its normalisation")
     if not all(_pure(one) for one in between if not isinstance(one, ast.If)):
         raise Refused("code runs between the sum and its normalisation")
-    _vet(method, call, statement)
+    _vet(method, call, block[last])
 
 
 def _not(test: ast.expr) -> ast.expr:
@@ -126,20 +125,18 @@ def _pure(statement: ast.stmt) -> bool:
 
 def _known(method: Method, test: ast.expr, rebound: set[str]) -> bool:
     """Whether a condition is the same before as it will be."""
-    nodes = list(ast.walk(test))
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
-    if not all(isinstance(node, _PURE) for node in nodes if node not in attributes):
-        return False
-    # The truth of a name itself may be that of a tensor.
-    return (
-        not rebound & {name.id for name in names}
-        and all(
-            name.id == method.self or isinstance(method.parents[name], ast.Compare)
-            for name in names
-        )
-        and all(method.path(node) is not None for node in attributes)
-    )
+    for node in ast.walk(test):
+        if isinstance(node, ast.Name):
+            # The truth of a name itself may be that of a tensor.
+            compared = isinstance(method.parents[node], ast.Compare)
+            if node.id in rebound or not (compared or node.id == method.self):
+                return False
+        elif isinstance(node, ast.Attribute):
+            if method.path(node) is None:
+                return False
+        elif not isinstance(node, _PURE):
+            return False
+    return True
 
 
 def _vet(method: Method, call: ast.Call, statement: ast.stmt) -> None:
