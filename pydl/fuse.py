@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch import nn
 from pydl import nn as pydl_nn
 from pydl.fuse_chain import NORMS, NOTHING, UNKNOWN, chains
 from pydl.fuse_changes import passes_on, refuse_changed
-from pydl.fuse_class import Site, derive, obstacle
+from pydl.fuse_class import Methods, Site, derive, obstacle
 from pydl.fuse_part import LEFT, Kinds, Part, told
 from pydl.fuse_source import Method, Unreadable
 from pydl.fuse_step import PRODUCERS, ends, sequential
@@ -34,6 +33,8 @@ from pydl.report import Fusion, Skipped, class_name
 from pydl.walk import Found
 
 _SYNCHRONISED = {nn.SyncBatchNorm, pydl_nn.SyncBatchNorm}
+# For reading only: what is rewritten is read again.
+_read = functools.lru_cache(maxsize=256)(Method)
 _SOMEWHERE = ast.Call(ast.Constant(None), [], [])  # a call that no source has
 
 
@@ -62,7 +63,7 @@ def plan(
         twinned: The ids of those whose type has a twin, with a `forward` of its own.
         backend: Who is to compute.
     """
-    made, kinds, methods, whole = Plan(), Kinds(forms), _Methods(), set(twinned)
+    made, kinds, methods, whole = Plan(), Kinds(forms), Methods(), set(twinned)
     parts: dict[int, Part] = {}
     inside: dict[int, dict[str, Part]] = {}
     for found in modules:
@@ -97,7 +98,7 @@ class _Container:
 
     def __init__(
         self, found: Found, parts: dict[str, Part], left: dict[int, str], kinds: Kinds,
-        methods: _Methods, backend: str | None,
+        methods: Methods, backend: str | None,
     ) -> None:  # fmt: skip
         self.found, self.module = found, found.module
         self.tails = self._tails(parts)
@@ -161,7 +162,8 @@ class _Container:
         """What the source of a method shows."""
         try:
             method = _read(function)
-            found = chains(method, self._starts, self._is_identity) + sums(method, self._starts)
+            found = chains(method, self._starts, self._is_identity, self._is_act)
+            found += sums(method, self._starts)
             refuse_changed(method, found, lambda path: passes_on(self._at(path)))
         except Unreadable as why:
             for path in mentioned:
@@ -175,7 +177,8 @@ class _Container:
                     places = [chain.call] if kind == "gate" else [chain.act, chain.add]
                     if chain.why is None and any(one and one in taken for one in places):
                         chain.why = LEFT
-                    if self._decide(name, chain):
+                    # A sum may be what different normalisations take, in branches.
+                    if self._decide(name, chain) and kind != "sum":
                         taken += places
 
     def _starts(self, kind: str, key: str) -> bool:
@@ -184,7 +187,8 @@ class _Container:
 
     def _decide(self, method: str, chain: Chain) -> bool:
         part, act = self.parts.get(chain.key), self._at(chain.module)
-        site = (chain.kind, method, chain.key, tuple(path for path, _ in chain.through))
+        through = tuple(path for path, _ in chain.through)
+        site = (chain.kind, method, chain.key, through, chain.module or "")
         if site in self.before:
             if part is not None:
                 part.fused = True
@@ -262,39 +266,11 @@ class _Container:
     def _is_identity(self, path: str) -> bool:
         return type(self._at(path)) is nn.Identity
 
+    def _is_act(self, path: str) -> bool:
+        act = self._at(path)
+        return act is not None and self.kinds.of(act) == "gate"
+
 
 def _within(path: str, key: str) -> bool:
     """Whether one path is the other or leads to it."""
     return f"{path}.".startswith(f"{key}.") or f"{key}.".startswith(f"{path}.")
-
-
-class _Methods:
-    """The methods of containers, looked up once for those of one class."""
-
-    def __init__(self) -> None:
-        self._known: dict[type, list[tuple[str, types.FunctionType, set[str]]]] = {}
-
-    def mentioning(
-        self, base: type, parts: dict[str, Part]
-    ) -> list[tuple[str, types.FunctionType, list[str]]]:
-        """Those that mention a part, with their names and what they mention."""
-        wanted = [path for path in parts if all(map(str.isidentifier, path.split(".")))]
-        found = []
-        for name, function, names in self._of(base) if wanted else ():
-            if mentioned := [path for path in wanted if names.issuperset(path.split("."))]:
-                found.append((name, function, mentioned))
-        return found
-
-    def _of(self, base: type) -> list[tuple[str, types.FunctionType, set[str]]]:
-        if base not in self._known:
-            found = self._known[base] = []
-            for name in dir(base):
-                function = inspect.getattr_static(base, name)
-                if isinstance(function, types.FunctionType) and not name.startswith("__"):
-                    code = getattr(inspect.unwrap(function), "__code__", function.__code__)
-                    found.append((name, function, set(code.co_names)))
-        return self._known[base]
-
-
-# For reading only: what is rewritten is read again.
-_read = functools.lru_cache(maxsize=256)(Method)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from pydl.fuse_source import Method, places
+from pydl.fuse_nodes import places
+from pydl.fuse_source import Method
 from pydl.fuse_step import FUNCTIONS
 from pydl.fuse_write import Chain
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from typing import Any
 
 import torch
@@ -11,15 +12,16 @@ from torch import nn
 
 from pydl.fuse_chain import chains
 from pydl.fuse_changes import refuse_changed
+from pydl.fuse_part import Part
 from pydl.fuse_run import Fused
 from pydl.fuse_source import Method, Unreadable
 from pydl.fuse_sum import sums
 from pydl.fuse_write import rewrite
 from pydl.walk import Found
 
-Site = tuple[str, str, str, tuple[str, ...]]
-"""The kind of a chain (see `pydl.fuse_write.Chain`), the method that it is fused in, its key, and
-the paths of the identities that its output passes through."""
+Site = tuple[str, str, str, tuple[str, ...], str]
+"""The kind of a chain (see `pydl.fuse_write.Chain`), the method that it is fused in, its key, the
+paths of the identities that its output passes through, and that of its activation."""
 
 
 def obstacle(found: Found, base: type) -> str | None:
@@ -62,7 +64,7 @@ def _derive(
         "_pydl_backend": backend,
     }  # fmt: skip
     if base.forward is nn.Sequential.forward:
-        members["_pydl_names"] = frozenset(path for _, _, path, _ in sites)
+        members["_pydl_names"] = frozenset(site[2] for site in sites)
         members["forward"] = Fused._pydl_sequential
     else:
         for name, function in functions:
@@ -70,7 +72,11 @@ def _derive(
             here = [site for site in sites if site[1] == name]
             starts = {(site[0], site[2]) for site in here}
             between = {path for site in here for path in site[3]}
-            found = chains(source, lambda *start, of=starts: start in of, between.__contains__)
+            acts = {site[4] for site in here}
+            found = chains(
+                source, lambda *start, of=starts: start in of, between.__contains__,
+                acts.__contains__,
+            )  # fmt: skip
             found += sums(source, lambda *start, of=starts: start in of)
             refuse_changed(source, found)
             found = [chain for chain in found if chain.why is None]
@@ -99,3 +105,31 @@ def _remake(base: type[Any], sites: tuple[Site, ...], backend: str | None = None
     except (Unreadable, AttributeError):
         cls = base
     return object.__new__(cls)
+
+
+class Methods:
+    """The methods of containers, looked up once for those of one class."""
+
+    def __init__(self) -> None:
+        self._known: dict[type, list[tuple[str, types.FunctionType, set[str]]]] = {}
+
+    def mentioning(
+        self, base: type, parts: dict[str, Part]
+    ) -> list[tuple[str, types.FunctionType, list[str]]]:
+        """Those that mention a part, with their names and what they mention."""
+        wanted = [path for path in parts if all(map(str.isidentifier, path.split(".")))]
+        found = []
+        for name, function, names in self._of(base) if wanted else ():
+            if mentioned := [path for path in wanted if names.issuperset(path.split("."))]:
+                found.append((name, function, mentioned))
+        return found
+
+    def _of(self, base: type) -> list[tuple[str, types.FunctionType, set[str]]]:
+        if base not in self._known:
+            found = self._known[base] = []
+            for name in dir(base):
+                function = inspect.getattr_static(base, name)
+                if isinstance(function, types.FunctionType) and not name.startswith("__"):
+                    code = getattr(inspect.unwrap(function), "__code__", function.__code__)
+                    found.append((name, function, set(code.co_names)))
+        return self._known[base]

@@ -63,6 +63,10 @@ class Fused:
             return Pending(bn, input)
         return bn(input)
 
+    def _pydl_value(self, value: Any) -> Any:
+        """A step that waits no longer."""
+        return value_of(value)
+
     def _pydl_add(self, how: str, first: Any, second: Any) -> Any:
         """`first + second` or `first += second`."""
         if type(first) is Pending and not first.add:
@@ -140,14 +144,13 @@ class Fused:
             return gated(second, first)
         return first * value_of(second)
 
-    def _pydl_sum(
-        self, first: Any, second: Any, norm: Any, free: bool = True
-    ) -> tuple[Any, Tensor | None]:
-        """`first + second`, and what `norm` makes of it where one pass computes both."""
-        if free and adds(norm, first, second):
-            y, total = added(norm, first, second)
-            return total, y
-        return first + second, None
+    def _pydl_sum(self, first: Any, second: Any, *norms: Any) -> tuple[Any, ...]:
+        """`first + second`, and what one of `norms` makes of it where one pass computes both."""
+        for i, norm in enumerate(norms):
+            if norm is not None and adds(norm, first, second):
+                y, total = added(norm, first, second)
+                return (total, *(y if k == i else None for k in range(len(norms))))
+        return (first + second, *([None] * len(norms)))
 
     def _pydl_taken(self, norm: Any, total: Any, kept: Tensor | None) -> Any:
         """`norm(total)` of a sum that has been computed."""

@@ -18,15 +18,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from pydl.fuse_nodes import Straight
+
 _FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
 _FRAMES = {"eval", "exec", "globals", "inspect", "locals", "sys", "vars"}
-# What has statements or a scope of its own.
-_ELSEWHERE = (
-    ast.DictComp, ast.ExceptHandler, ast.GeneratorExp, ast.Lambda, ast.ListComp, ast.SetComp,
-    ast.match_case, ast.stmt,
-)  # fmt: skip
 _SCOPES = (ast.AsyncFunctionDef, ast.ClassDef, ast.FunctionDef, ast.Lambda)
 _UNFOLLOWED = (ast.Await, ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom)
 
@@ -40,7 +37,7 @@ class Method:
 
     Attributes:
         function: The function; where it is decorated, that which the decorators were given.
-        node: Its definition.
+        node: Its definition, in which `x = a if c else b` is a branch of two statements.
         self: The name of its first argument.
         parents: The parent of every node in it.
 
@@ -69,6 +66,7 @@ class Method:
         self.node = copy.deepcopy(found)
         if _bare(self._compile()) != _bare(code):
             raise Unreadable("does not run the source that its file has")
+        self.node = Straight().visit(self.node)
         arguments = [*self.node.args.posonlyargs, *self.node.args.args]
         self.self = arguments[0].arg if arguments else ""
         for node in ast.walk(self.node):
@@ -225,37 +223,3 @@ def _dotted(node: ast.AST) -> list[str]:
         names.insert(0, node.attr)
         node = node.value
     return [node.id, *names] if isinstance(node, ast.Name) else []
-
-
-def expressions(statement: ast.stmt) -> Iterator[ast.expr]:
-    """The expressions that a statement evaluates itself, in its own scope."""
-    todo: list[ast.AST] = [statement]
-    for node in todo:
-        if isinstance(node, ast.expr):
-            yield node
-        todo += [child for child in ast.iter_child_nodes(node) if not isinstance(child, _ELSEWHERE)]
-
-
-def targets(statement: ast.stmt) -> list[ast.Name]:
-    """The names that a statement does nothing to but bind them."""
-    if isinstance(statement, ast.Assign):
-        return [one for one in statement.targets if isinstance(one, ast.Name)]
-    if isinstance(statement, ast.AnnAssign) and statement.value is not None:
-        return [statement.target] if isinstance(statement.target, ast.Name) else []
-    return []
-
-
-def uses_of(name: str, statement: ast.stmt) -> list[ast.Name]:
-    """Where a statement mentions a name, but for binding it."""
-    bound = targets(statement)
-    return [
-        node
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Name) and node.id == name and node not in bound
-    ]
-
-
-def places(node: ast.expr | ast.stmt) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Where a node begins and where it ends: what stands before is evaluated before."""
-    end = (node.end_lineno or node.lineno, node.end_col_offset or node.col_offset)
-    return (node.lineno, node.col_offset), end

@@ -1,8 +1,9 @@
 """Finds the sums of a method that go into a layer normalisation.
 
 `norm(a + b)` is one as it stands. `h = a + b`, with `norm(h)` in a later statement of the same
-block, is one where nothing runs in between: h may have other uses before and after. A branch in
-between may do what it likes if what decides it is known when the sum is computed.
+block, or in a branch there, is one where nothing runs in between: h may have other uses before and
+after. A branch in between may do what it likes if what decides it is known when the sum is
+computed; where it ends with a sum of its own, that may be what is normalised.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import ast
 
 from pydl.fuse_chain import CONDITIONAL, EFFECTS, Refused, Starts
-from pydl.fuse_source import Method, expressions, places, targets
+from pydl.fuse_nodes import expressions, outside, places, targets
+from pydl.fuse_source import Method
 from pydl.fuse_write import Chain
 
 NO_SUM = "it normalises no sum that is computed in the same place"
@@ -39,7 +41,7 @@ def sums(method: Method, starts: Starts) -> list[Chain]:
 
 
 def _trace(method: Method, chain: Chain, block: list[ast.stmt], last: int) -> None:
-    """Finds the sum of a chain whose call is in a statement of a block."""
+    """Finds the sums of a chain whose call is in a statement of a block."""
     call = chain.call
     if len(call.args) != 1 or call.keywords or not isinstance(call.args[0], ast.BinOp | ast.Name):
         raise Refused(NO_SUM)
@@ -50,19 +52,49 @@ def _trace(method: Method, chain: Chain, block: list[ast.stmt], last: int) -> No
         chain.add = value
         return
     between: list[ast.stmt] = []
-    for statement in reversed(block[:last]):
-        if not isinstance(statement, ast.If) and _binds(statement, value.id):
-            chain.stored, chain.add = _sum(statement)
-            break
-        between.append(statement)
-    if chain.stored is None:
-        raise Refused(NO_SUM)
-    names = {name.id for one in between for name in targets(one)}
-    branches = [one for one in between if isinstance(one, ast.If)]
-    chain.guards = [_test(method, one, names) for one in branches]
+    tests: list[ast.expr] = []
+    body, index, known = block, last, True
+    while chain.add is None:
+        for one in reversed(body[:index]):
+            if isinstance(one, ast.If):
+                known = known and not one.orelse
+                if (within := _last_sum(one.body, value.id)) is not None:
+                    chain.sums.append((within[0], [*tests]))
+                tests.insert(0, _not(one.test))
+            elif _binds(one, value.id):
+                stored, chain.add = _sum(one)
+                chain.sums.append((stored, [*tests]))
+                break
+            between.append(one)
+        else:
+            if (around := outside(method.parents, body)) is None:
+                raise Refused(NO_SUM)
+            branch, outer, index = around
+            tests.insert(0, branch.test if body is branch.body else _not(branch.test))
+            body = outer
+    rebound = {name.id for one in between for name in targets(one)}
+    if not known or not all(_known(method, test, rebound) for test in tests):
+        raise Refused("a branch stands between the sum and its normalisation")
     if not all(_pure(one) for one in between if not isinstance(one, ast.If)):
         raise Refused("code runs between the sum and its normalisation")
     _vet(method, call, block[last])
+
+
+def _not(test: ast.expr) -> ast.expr:
+    return ast.copy_location(ast.UnaryOp(ast.Not(), test), test)
+
+
+def _last_sum(body: list[ast.stmt], name: str) -> tuple[ast.Assign, ast.BinOp] | None:
+    """The sum that a branch leaves in a name."""
+    for statement in reversed(body):
+        if _binds(statement, name):
+            try:
+                return None if isinstance(statement, ast.If) else _sum(statement)
+            except Refused:
+                return None
+        if not _pure(statement):
+            return None
+    return None
 
 
 def _binds(statement: ast.stmt, name: str) -> bool:
@@ -91,17 +123,20 @@ def _pure(statement: ast.stmt) -> bool:
     return not any(isinstance(node, (*EFFECTS, ast.Await)) for node in ast.walk(statement))
 
 
-def _test(method: Method, branch: ast.If, rebound: set[str]) -> ast.expr:
-    """The condition of a branch, where it is the same before as it will be."""
-    nodes = list(ast.walk(branch.test))
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    # The truth of a name itself may be that of a tensor.
-    known = all(isinstance(method.parents[name], ast.Compare) for name in names)
-    if branch.orelse or not known or not all(isinstance(node, _PURE) for node in nodes):
-        raise Refused("a branch stands between the sum and its normalisation")
-    if rebound & {name.id for name in names}:
-        raise Refused("a branch stands between the sum and its normalisation")
-    return branch.test
+def _known(method: Method, test: ast.expr, rebound: set[str]) -> bool:
+    """Whether a condition is the same before as it will be."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Name):
+            # The truth of a name itself may be that of a tensor.
+            compared = isinstance(method.parents[node], ast.Compare)
+            if node.id in rebound or not (compared or node.id == method.self):
+                return False
+        elif isinstance(node, ast.Attribute):
+            if method.path(node) is None:
+                return False
+        elif not isinstance(node, _PURE):
+            return False
+    return True
 
 
 def _vet(method: Method, call: ast.Call, statement: ast.stmt) -> None:

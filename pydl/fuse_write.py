@@ -30,9 +30,11 @@ class Chain:
         function: Its name and parameter, where it is a function.
         producer: The module that computes the first call's input; where given, nothing else may
             hold that.
+        forced: Where the value is computed before the end: the branch, its body by field, and the
+            value's name.
         called: The modules that are called between.
-        stored: The statement that gives the sum a name, where the normalisation takes that.
-        guards: Where one of these is true at that statement, the sum is not what is normalised.
+        sums: The statements that give a sum a name, where the normalisation takes that; each with
+            conditions that all hold there where it does.
         why: Why it cannot be fused.
     """
 
@@ -47,9 +49,9 @@ class Chain:
     module: str | None = None
     function: tuple[str, float | None] | None = None
     producer: str | None = None
+    forced: list[tuple[ast.If, str, str]] = field(default_factory=list)
     called: list[str] = field(default_factory=list)
-    stored: ast.Assign | None = None
-    guards: list[ast.expr] = field(default_factory=list)
+    sums: list[tuple[ast.Assign, list[ast.expr]]] = field(default_factory=list)
     why: str | None = None
 
     @property
@@ -79,11 +81,15 @@ class _Rewriter(ast.NodeTransformer):
         self.modules = {call for chain in to_act for _, call in chain.through}
         self.modules |= {chain.act for chain in to_act if chain.act and chain.module is not None}
         self.functions = {chain.act: chain.function for chain in to_act if chain.function}
+        self.forced = [one for chain in chains for one in chain.forced]
         self.gates = {chain.call: chain for chain in gates}
         self.times = {chain.times for chain in gates}
         self.sums = {chain.call: chain for chain in chains if chain.kind == "sum"}
-        self.stored = {chain.stored: chain for chain in self.sums.values() if chain.stored}
-        self.numbers = {chain: i for i, chain in enumerate(map(id, self.stored.values()))}
+        self.numbers = {id(chain): i for i, chain in enumerate(self.sums.values())}
+        self.stored: dict[ast.Assign, list[tuple[Chain, list[ast.expr]]]] = {}
+        for chain in self.sums.values():
+            for stored, conditions in chain.sums:
+                self.stored.setdefault(stored, []).append((chain, conditions))
 
     def visit(self, node: ast.AST) -> Any:
         self.generic_visit(node)
@@ -91,6 +97,10 @@ class _Rewriter(ast.NodeTransformer):
         return new if new is node else ast.copy_location(new, node)
 
     def _changed(self, node: Any) -> ast.AST:
+        for branch, body, name in self.forced:
+            if branch is node:
+                value = self._call("value", ast.Name(name, ast.Load()))
+                getattr(node, body).insert(0, ast.Assign([ast.Name(name, ast.Store())], value))
         if node in self.begins:
             return self._call("begin", node.func, node.args[0], *self._producer(self.begins[node]))
         if node in self.modules:
@@ -115,7 +125,7 @@ class _Rewriter(ast.NodeTransformer):
             return self._call("times", node.left, node.right)
         if node in self.sums:
             chain = self.sums[node]
-            if chain.stored is None:
+            if not chain.sums:
                 return self._call("normed", node.func, node.args[0].left, node.args[0].right)
             return self._call("taken", node.func, node.args[0], self._kept(chain, ast.Load()))
         if node in self.stored:
@@ -129,15 +139,19 @@ class _Rewriter(ast.NodeTransformer):
         new.keywords = node.keywords
         return new
 
-    def _sum(self, node: Any, chain: Chain) -> ast.Assign:
+    def _sum(self, node: Any, takers: list[tuple[Chain, list[ast.expr]]]) -> ast.Assign:
         """`name, kept = self._pydl_sum(first, second, self.norm)`."""
-        both = ast.Tuple([node.targets[0], self._kept(chain, ast.Store())], ast.Store())
-        free: list[ast.expr] = [ast.UnaryOp(ast.Not(), guard) for guard in chain.guards]
-        guard = [ast.BoolOp(ast.And(), free) if len(free) > 1 else free[0]] if free else []
-        norm = self._own(chain.key)
-        return ast.Assign(
-            [both], self._call("sum", node.value.left, node.value.right, norm, *guard)
-        )
+        kept = [self._kept(chain, ast.Store()) for chain, _ in takers]
+        norms: list[ast.expr] = []
+        for chain, conditions in takers:
+            norm = self._own(chain.key)
+            if conditions:
+                both = len(conditions) > 1
+                test = ast.BoolOp(ast.And(), conditions) if both else conditions[0]
+                norm = ast.IfExp(test, norm, ast.Constant(None))
+            norms.append(norm)
+        target = ast.Tuple([node.targets[0], *kept], ast.Store())
+        return ast.Assign([target], self._call("sum", node.value.left, node.value.right, *norms))
 
     def _kept(self, chain: Chain, context: ast.expr_context) -> ast.Name:
         return ast.Name(f"_pydl_kept{self.numbers[id(chain)]}", context)

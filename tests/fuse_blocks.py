@@ -213,26 +213,44 @@ class IntoTheResidual(Base):
         return self.relu(out)
 
 
-class Leaves(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x))
-        if self.downsample is None:
-            return x
-        return self.relu(out)
-
-
-class Sometimes(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x))
-        return self.relu(out) if self.downsample is not None else x
-
-
 class Branch(Base):
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(x)
         if x.dim() == 4:
             out = self.relu(out)
         return out
+
+
+class Renamed(Base):
+    """What is added has a name of its own, which is not always bound."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(x)
+        if self.training:
+            total = out + x
+        if self.training:
+            out = self.relu(total)
+        return out
+
+
+class Tested(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(x)
+        if out is not x:
+            out = self.relu(out)
+        return out
+
+
+class Late(Base):
+    """What has been added changes before the activation is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = x * 1
+        out = self.bn1(self.conv1(x))
+        out += r
+        late = self.spoils(r)
+        out = self.relu(out)
+        return out + late
 
 
 class Spoiled(Base):
@@ -359,9 +377,10 @@ REFUSED: list[tuple[type[Base], str]] = [
     (UsedLater, "more than once"),
     (Alpha, "torch.add follows it"),
     (IntoTheResidual, "in place"),
-    (Leaves, "may skip it"),
-    (Sometimes, "not always"),
-    (Branch, "into a branch"),
+    (Branch, "no module's call"),
+    (Renamed, "no activation"),
+    (Tested, "into a branch"),
+    (Late, "may change what is added"),
     (Spoiled, "what it is given"),
     (SpoiledThroughAView, "no module's call"),
     (Seen, "nested function"),

@@ -35,7 +35,7 @@ class PreNorm(Parts):
         attended = self.mix(self.norm1(x))
         x = attended + x
         if memory is not None:
-            x = x + self.norm3(x) * memory
+            x = x * memory
         residual = x
         x = self.norm2(x)
         x = self.down(self.drop(self.act(self.up(x))))
@@ -49,6 +49,26 @@ class Short(Parts):
         x = x + self.mix(self.norm1(x))
         x = x + self.down(self.act(self.gate(self.norm2(x))) * self.up(x))
         return x
+
+
+class Crossed(Parts):
+    """A sum that one of two modules normalises, and a module that normalises one of two sums; a
+    switch of the model's in place of the first normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = False
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        x = x + self.mix(x)
+        if not self.first and memory is not None:
+            residual = x
+            x = self.norm1(x)
+            x = self.mix(x * memory)
+            x = residual + x
+        residual = x
+        y = self.norm3(x) if self.first else self.norm2(x)
+        return residual + self.mix(y)
 
 
 class PostNorm(Parts):
@@ -108,6 +128,7 @@ class Wrapped(Parts, Wrapping):
 LAYERS: list[tuple[type[Parts], list[str]]] = [
     (PreNorm, ["Linear + GELU", "add + RMSNorm"]),
     (Short, ["GELU + multiply", "add + RMSNorm"]),
+    (Crossed, ["add + LayerNorm", "add + LayerNorm", "add + RMSNorm"]),
     (PostNorm, ["Linear + gelu_tanh", "add + LayerNorm", "add + RMSNorm"]),
     (Gates, [*["GELU + multiply"], *[f"{act} + multiply" for act in (
         "leaky_relu", "sigmoid", "silu", "tanh")]]),
@@ -180,10 +201,34 @@ class Rebound(Parts):
         return self.norm1(y)
 
 
+class Uncertain(Parts):
+    """What decides the branch is rebound before it, or has no value where the sum is computed."""
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        y = self.mix(x) + x
+        more = x
+        if more is not None:
+            y = self.norm1(y)
+        z = self.mix(x) + x
+        return self.norm2(z) if x[0, 0, 0] > 1 else z
+
+
+class OtherSums(Parts):
+    """Not all that is normalised is a sum that is known."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(x) * x
+        if self.cross is None:
+            y = y + x
+        x = self.norm1(y) + x
+        x = x + y if self.cross is not None else x * y
+        return self.norm2(x)
+
+
 class NotAlways(Parts):
     def forward(self, x: Tensor) -> Tensor:
         y = self.mix(x) + x
-        return y if self.cross is None else self.norm1(y)
+        return x + (y if self.cross is None else self.norm1(y))
 
 
 class Twice(Parts):
@@ -204,6 +249,10 @@ REFUSED: list[tuple[type[Parts], str, str | None]] = [
     (RunsBefore, "norm1", "between the sum"),
     (Tested, "norm1", "a branch"),
     (Rebound, "norm1", "a branch"),
+    (Uncertain, "norm1", "a branch"),
+    (Uncertain, "norm2", "a branch"),
+    (OtherSums, "norm1", None),
+    (OtherSums, "norm2", "a branch"),
     (NotAlways, "norm1", "not always"),
     (Twice, "norm1", "between the sum"),
 ]

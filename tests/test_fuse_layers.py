@@ -99,6 +99,19 @@ def test_a_branch_that_is_taken(passes: list[str]) -> None:
     assert "add_rms_norm" in passes
 
 
+def test_sums_in_branches(passes: list[str]) -> None:
+    plain, fused, _ = pair(fuse_layers.Crossed)
+    memory = X.flip(0)
+    for first, more, ran in (
+        (False, (), ["add_rms_norm"]), (False, (memory,), ["add_layer_norm", "add_rms_norm"]),
+        (True, (memory,), ["add_layer_norm"]),
+    ):  # fmt: skip
+        plain.first = fused.first = first
+        passes.clear()
+        same(plain, fused, X, *more)
+        assert passes == ran
+
+
 def test_sequential(passes: list[str]) -> None:
     plain = nn.Sequential(
         nn.Linear(WIDTH, 4), nn.Identity(), nn.Mish(), nn.Linear(4, 4, bias=False), nn.ReLU(),
@@ -215,7 +228,8 @@ def test_dtypes(cls: type[Parts], dtype: torch.dtype | None, passes: list[str]) 
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     rough = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.1}
     assert outputs[0].dtype == outputs[1].dtype
-    assert passes or (dtype is None and cls is fuse_layers.Wrapped)  # a sum of two dtypes
+    of_two_dtypes = (fuse_layers.Crossed, fuse_layers.Wrapped)
+    assert passes or (dtype is None and cls in of_two_dtypes)
     torch.testing.assert_close(outputs[1], outputs[0], **rough)
     if dtype is torch.float32:
         torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
